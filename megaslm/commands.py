@@ -1,0 +1,29 @@
+"""What every command in tools/ and launch/ shares: how it ends."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from megaslm.errors import USER_ERROR_EXIT_CODE, UserError
+
+INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` and leave with its return value as the exit code (None: 0).
+
+    A UserError becomes one `error: ...` message on stderr (of rank 0, where there are several) and exit code 2,
+    Ctrl-C exit code 130;
+    any other exception is a fault of ours and keeps its traceback.
+    """
+    try:
+        code = main() or 0
+    except UserError as error:
+        if error.on_one_rank or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        code = USER_ERROR_EXIT_CODE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED_EXIT_CODE
+    sys.exit(code)

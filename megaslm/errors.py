@@ -1,0 +1,16 @@
+"""The one exception for what a user can mend. Commands print its text and leave with exit code 2."""
+
+USER_ERROR_EXIT_CODE = 2
+
+
+class UserError(Exception):
+    """A mistake in a command, a configuration, the data or the machine: says what, where and what to do.
+
+    Everything else (`AssertionError`, `RuntimeError`, ...) is a fault of ours and keeps its traceback.
+    Among several ranks all raise the same error and rank 0 prints it; `on_one_rank` marks one that may have come up on
+    a single rank (out of memory), which then prints it itself.
+    """
+
+    def __init__(self, message: str, on_one_rank: bool = False):
+        super().__init__(message)
+        self.on_one_rank = on_one_rank
