@@ -1,0 +1,16 @@
+"""The network, its initial weights and its cost. Plain PyTorch, no ranks, no devices."""
+
+from megaslm.model.flops import count_parameters, flops_per_token
+from megaslm.model.initialization import initial_value, initialize_parameters
+from megaslm.model.transformer import Block, Decoder, LanguageModel, LanguageModelHead
+
+__all__ = [
+    "Block",
+    "Decoder",
+    "LanguageModel",
+    "LanguageModelHead",
+    "count_parameters",
+    "flops_per_token",
+    "initial_value",
+    "initialize_parameters",
+]

@@ -1,0 +1,211 @@
+"""The network: one pre-norm decoder whose switches make it a llama, qwen3, gpt2 or gpt_neox.
+
+- grouped-query attention through PyTorch's scaled_dot_product_attention, head size free of the width
+- rotary (theta, fraction, linear and NTK scaling) or learned positions; optional RMS norm of queries and keys
+- SwiGLU or GELU feed-forward; sequential or parallel residual; biases or none; tied or untied output head
+- packed query/key/value and gate/up projections: fewer, larger matrix products and fewer parameters to manage
+- a head that computes the loss itself, in chunks, so that full logits never exist in training
+
+Plain PyTorch: nothing here knows of ranks, devices or DeepSpeed. The number of heads is read off the width of the
+projection, so that an outer layer may slice the weights by heads.
+
+Shapes: B batch, S sequence, H query heads, K key/value heads, D head size, E width, F feed-forward width,
+V padded vocabulary, N = B S rows, R rotated channels of a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from megaslm_kernels import (
+    linear_cross_entropy_reference,
+    rms_norm_reference,
+    rotary_reference,
+    swiglu_reference,
+)
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megaslm.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """y = x / rms(x) * weight over the last dimension."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm_reference(x, self.weight, self.eps)
+
+
+def build_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.hidden_size, config.norm_eps)
+    return nn.LayerNorm(config.hidden_size, config.norm_eps, bias=config.bias)
+
+
+class RotaryTable(nn.Module):
+    """cos and sin of position x frequency, [context, R/2], fp32 whatever the parameters' type.
+
+    Frequencies theta^(-2i/R) (RoFormer, arXiv:2104.09864). Scaling by a factor f: `linear` divides the positions by f
+    (arXiv:2306.15595); `ntk` keeps the fast channels and slows the slow ones, theta f^(R/(R-2)).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        rotated = int(config.head_dim * config.rope_fraction)
+        theta, positions = config.rope_theta, torch.arange(config.context_length, dtype=torch.float64)
+        if config.rope_scaling == "linear":
+            positions = positions / config.rope_scaling_factor
+        elif config.rope_scaling == "ntk":
+            theta = theta * config.rope_scaling_factor ** (rotated / max(rotated - 2, 1))
+        frequencies = theta ** (-torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
+        angles = torch.outer(positions, frequencies)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    def forward(self, length: int) -> tuple[Tensor, Tensor]:
+        return self.cos[:length], self.sin[:length]
+
+
+class Attention(nn.Module):
+    """Causal self-attention. The packed projection's rows are all queries, then all keys, then all values."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.queries_per_kv = config.num_heads // config.num_kv_heads
+        self.qkv = nn.Linear(
+            config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * self.head_dim, bias=config.bias
+        )
+        self.out = nn.Linear(config.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x_BSE: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        qkv = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim))
+        kv_heads = qkv.size(2) // (self.queries_per_kv + 2)
+        q_BSHD, k_BSKD, v_BSKD = qkv.split((kv_heads * self.queries_per_kv, kv_heads, kv_heads), dim=2)
+        q_BSHD, k_BSKD = self.q_norm(q_BSHD), self.k_norm(k_BSKD)
+        if rotary is not None:
+            q_BSHD, k_BSKD = rotary_reference(q_BSHD, *rotary), rotary_reference(k_BSKD, *rotary)
+        y_BHSD = F.scaled_dot_product_attention(
+            q_BSHD.transpose(1, 2),
+            k_BSKD.transpose(1, 2),
+            v_BSKD.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=self.queries_per_kv > 1,
+        )
+        return self.out(y_BHSD.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x). The packed projection's rows are all of gate, then all of up."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=config.bias)
+        self.down = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.bias)
+
+    def forward(self, x_BSE: Tensor) -> Tensor:
+        return self.down(swiglu_reference(self.gate_up(x_BSE)))
+
+
+class GELUFeedForward(nn.Module):
+    """down(gelu(up x)), exact or by tanh."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=config.bias)
+        self.down = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.bias)
+        self.approximate = "tanh" if config.feed_forward == "gelu_tanh" else "none"
+
+    def forward(self, x_BSE: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x_BSE), approximate=self.approximate))
+
+
+class Block(nn.Module):
+    """Attention and feed-forward around the residual stream, one after the other or side by side."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.parallel_residual = config.parallel_residual
+        self.attention_norm = build_norm(config)
+        self.attention = Attention(config)
+        self.feed_forward_norm = build_norm(config)
+        self.feed_forward = SwiGLU(config) if config.feed_forward == "swiglu" else GELUFeedForward(config)
+
+    def forward(self, x_BSE: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+        attended_BSE = self.attention(self.attention_norm(x_BSE), rotary)
+        if self.parallel_residual:
+            return x_BSE + attended_BSE + self.feed_forward(self.feed_forward_norm(x_BSE))
+        x_BSE = x_BSE + attended_BSE
+        return x_BSE + self.feed_forward(self.feed_forward_norm(x_BSE))
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states: what every objective builds on."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.context_length = config.context_length
+        self.activation_checkpointing = False
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        learned = config.position == "learned"
+        self.position_embedding = nn.Embedding(config.context_length, config.hidden_size) if learned else None
+        self.rotary_table = None if learned else RotaryTable(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = build_norm(config)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        """Hidden states [B, S, E] after the last norm, of token ids [B, S] with S <= context_length."""
+        length = tokens_BS.size(1)
+        assert length <= self.context_length, f"{length} tokens do not fit in a context of {self.context_length}"
+        x_BSE = self.embedding(tokens_BS)
+        rotary = None
+        if self.position_embedding is not None:
+            x_BSE = x_BSE + self.position_embedding(torch.arange(length, device=tokens_BS.device))
+        else:
+            rotary = self.rotary_table(length)
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                # Non-reentrant: the reentrant form breaks ZeRO-2 and 3 where a module runs twice.
+                x_BSE = checkpoint(block, x_BSE, rotary, use_reentrant=False)
+            else:
+                x_BSE = block(x_BSE, rotary)
+        return self.norm(x_BSE)
+
+
+class LanguageModelHead(nn.Module):
+    """The output layer and its loss in one module, so that ZeRO-3 gathers the weight exactly while it is used."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        self.weight = nn.Parameter(torch.empty(config.padded_vocab_size, config.hidden_size))
+
+    def forward(self, hidden_BSE: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+        """Logits [..., vocab_size] (padding cropped), or with targets the sum of the losses, in nats, fp32."""
+        if targets_BS is None:
+            return F.linear(hidden_BSE, self.weight)[..., : self.vocab_size]
+        return linear_cross_entropy_reference(
+            hidden_BSE.flatten(0, -2), self.weight, targets_BS.flatten(), self.vocab_size
+        )
+
+
+class LanguageModel(nn.Module):
+    """Decoder and head. `LanguageModel(config)` leaves the weights to `initialize_parameters` or a checkpoint."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.decoder = Decoder(config)
+        self.head = LanguageModelHead(config)
+        if config.tie_embeddings:
+            self.head.weight = self.decoder.embedding.weight
+
+    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
+        """Logits [B, S, vocab_size] of token ids [B, S] (int64), or with `targets_BS` the sum of the losses over
+        targets that are not -100, in nats, as an fp32 scalar."""
+        return self.head(self.decoder(tokens_BS), targets_BS)
