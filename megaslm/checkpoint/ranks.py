@@ -1,0 +1,63 @@
+"""The few things a checkpoint asks of the other ranks. Without a process group every function is that of one rank."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megaslm.errors import UserError
+
+Result = TypeVar("Result")
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """This process's rank in the default group."""
+    return dist.get_rank() if _grouped() else 0
+
+
+def world_size() -> int:
+    """Number of ranks in the default group."""
+    return dist.get_world_size() if _grouped() else 1
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value`, in the order of the ranks, on every rank. Collective."""
+    if not _grouped():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's `value` on every rank. Collective."""
+    if not _grouped():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def try_together(work: Callable[[], Result]) -> tuple[Result | None, list[tuple[int, Exception]]]:
+    """Do `work` on every rank, and tell every rank who failed. Collective.
+
+    A rank that raised alone would leave the others waiting in their next collective; so exceptions are caught here,
+    and all ranks learn of all of them before any goes on.
+
+    Returns:
+        This rank's result (None where it failed), and the failures as (rank, exception), by rank; empty if all is well.
+    """
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:  # any kind: the others must hear of it whatever it is
+        failure = error
+    # Only what is sure to survive the journey is sent as it is; the rank at fault keeps the traceback.
+    told = failure if failure is None or isinstance(failure, (OSError, UserError)) else RuntimeError(repr(failure))
+    told_by_all = gather(told)
+    told_by_all[rank()] = failure
+    return result, [(i, error) for i, error in enumerate(told_by_all) if error is not None]

@@ -1,0 +1,174 @@
+"""Save a DeepSpeed engine to a checkpoint, and continue a checkpoint in an engine, whatever the layout of either."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megaslm.checkpoint import ranks
+from megaslm.checkpoint.folder import assign_writers, write_checkpoint
+from megaslm.checkpoint.format import ADAM_MOMENTS, WEIGHTS, Checkpoint
+from megaslm.errors import UserError
+
+SHOWN = 5  # differences that a message lists
+
+
+def check_engine(engine) -> None:
+    """Refuse, at start-up rather than at the first save, an engine whose state can't be saved.
+
+    Raises:
+        UserError: another DeepSpeed version, an optimizer that is not a kind of Adam, or an unsupported layout.
+    """
+    _engine_state(engine)
+
+
+def _engine_state(engine):
+    # Imported here: those who only read checkpoints need no DeepSpeed, whose import looks for devices.
+    from megaslm.checkpoint.deepspeed_state import EngineState
+
+    return EngineState(engine)
+
+
+def save_checkpoint(
+    directory: str | Path,
+    engine,
+    *,
+    step: int,
+    run_config: dict[str, Any],
+    global_state: dict[str, Any],
+    weights_only: bool = False,
+) -> Path:
+    """Save the engine's state as DIRECTORY/step_XXXXXXXX. Collective.
+
+    To be called between optimizer steps, with no gradients accumulated: those are not saved. Each rank holds and
+    writes its share of the tensors; on the device there is one whole tensor at a time beside the engine's own.
+
+    Args:
+        directory: where the run's checkpoints go; made if missing.
+        engine: what `deepspeed.initialize` returned.
+        step: optimizer steps made.
+        run_config: the resolved run config, plain JSON values.
+        global_state: the training loop's own state (samples consumed, ...), plain JSON values, alike on all ranks.
+        weights_only: leave out the optimizer's state.
+
+    Returns:
+        The checkpoint's folder, complete and on the disk.
+
+    Raises:
+        UserError: the disk is full or not writable, or the engine is of a kind that is not supported. Nothing that was
+            there is lost, and no half-written checkpoint is to be seen.
+    """
+    json.dumps([run_config, global_state])  # a TypeError here, before anything is written
+    state = _engine_state(engine)
+    kinds = (WEIGHTS,) if weights_only else (WEIGHTS, *ADAM_MOMENTS)
+    sizes = {(kind, name): 4 * torch.Size(shape).numel() for kind in kinds for name, shape in state.shapes.items()}
+    writers = assign_writers(sizes, ranks.world_size())
+    tensors: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in kinds}
+    for (kind, name), writer in writers.items():
+        tensor = state.gather(kind, name, writer)
+        if tensor is not None:
+            tensors[kind][name] = tensor
+    optimizer = None
+    if not weights_only:
+        optimizer = {
+            "type": "adam",
+            "moments": list(ADAM_MOMENTS),
+            "steps": state.steps(),
+            "loss_scaler": state.loss_scaler(),
+        }
+    return write_checkpoint(
+        directory, tensors, step=step, run_config=run_config, global_state=global_state, optimizer=optimizer
+    )
+
+
+def restore(checkpoint: Checkpoint, engine, *, weights_only: bool = False) -> dict[str, Any]:
+    """Continue a checkpoint in an engine: weights, moments, step counts and loss scale. Collective.
+
+    In the layout of the save the continuation is exact; in another one it differs by the rounding of the sums. Learning
+    rate, decay and betas are the engine's own and stay as they are. Every rank reads only what it holds.
+
+    Args:
+        engine: fresh, or between optimizer steps (what it holds is overwritten).
+        weights_only: take the weights alone, and start the optimizer anew.
+
+    Returns:
+        The global_state that was given to the save.
+
+    Raises:
+        UserError: the model has other parameters or shapes than the checkpoint, or the optimizer is another one.
+        DamagedCheckpoint: a file went bad since the checkpoint was opened.
+    """
+    state = _engine_state(engine)
+    _check_parameters(checkpoint, state.shapes)
+    optimizer = checkpoint.optimizer
+    if not weights_only:
+        if optimizer is None:
+            raise UserError(
+                f"checkpoint {checkpoint.path} holds weights alone, without the state of the optimizer: "
+                "it can start a new run, not continue one"
+            )
+        if optimizer["type"] != "adam":
+            raise UserError(
+                f"checkpoint {checkpoint.path} holds the state of the optimizer {optimizer['type']}, and this run's is "
+                "Adam: choose that optimizer, or start a new run from the weights alone"
+            )
+
+    def load() -> None:
+        for kind in (WEIGHTS,) if weights_only else (WEIGHTS, *ADAM_MOMENTS):
+            state.load(kind, lambda name, start, stop, kind=kind: checkpoint.read_flat(kind, name, start, stop))
+
+    _, failures = ranks.try_together(load)
+    checkpoint.close()
+    if failures:
+        raise failures[0][1]
+    if weights_only:
+        state.clear_moments()
+    else:
+        state.load_steps(optimizer["steps"])
+        state.load_loss_scaler(optimizer["loss_scaler"])
+    state.refresh_model_weights()
+    return checkpoint.global_state
+
+
+def _check_parameters(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse a checkpoint of another model, by the first parameters that differ."""
+    differences = []
+    for name in sorted(shapes.keys() | checkpoint.shapes.keys()):
+        saved, here = checkpoint.shapes.get(name), shapes.get(name)
+        if saved is None:
+            differences.append(f"{name} is not in the checkpoint")
+        elif here is None:
+            differences.append(f"{name} is not in the model")
+        elif saved != here:
+            differences.append(f"{name} is {list(saved)} in the checkpoint and {list(here)} in the model")
+    if differences:
+        more = f" and {len(differences) - SHOWN} more" if len(differences) > SHOWN else ""
+        raise UserError(
+            f"checkpoint {checkpoint.path} is of another model: {'; '.join(differences[:SHOWN])}{more}. "
+            "Use the model config it was saved with, or another run folder"
+        )
+
+
+def check_compatible(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Refuse to continue a run whose identity changed.
+
+    Args:
+        saved, current: what may not change over a run, by dotted name, such as {"model.num_layers": 4, ...}. Values are
+            compared as the JSON they are saved in (a tuple equals a list).
+
+    Raises:
+        UserError: lists every name that differs, with both values.
+    """
+    missing = object()
+    differences = []
+    for name in sorted(saved.keys() | current.keys()):
+        before, now = saved.get(name, missing), current.get(name, missing)
+        if before is missing or now is missing or json.dumps(before, sort_keys=True) != json.dumps(now, sort_keys=True):
+            shown = ["not set" if value is missing else json.dumps(value) for value in (before, now)]
+            differences.append(f"{name} was {shown[0]} and is {shown[1]}")
+    if differences:
+        raise UserError(
+            f"the checkpoint is of another run: {'; '.join(differences)}. "
+            "Set these back to continue it, or choose another run folder"
+        )

@@ -1,0 +1,260 @@
+"""One rank of the parity tests: trains a tiny model in many engine layouts, saving and restoring on the way.
+
+    python engine_worker.py JOB.json        (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
+
+JOB.json: {"directory": where checkpoints go, "output": file for rank 0's findings,
+           "tasks": [[function, argument, ...], ...]}.
+Losses are written as hexadecimal floats, so that a comparison of the text is one of every bit.
+"""
+
+import hashlib
+import json
+import resource
+import sys
+from pathlib import Path
+
+import deepspeed
+import deepspeed.ops
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from megaslm.checkpoint import latest_sound, list_checkpoints, open_checkpoint, restore, save_checkpoint
+from megaslm.checkpoint.deepspeed_state import EngineState
+from megaslm.errors import UserError
+
+VOCAB, WIDTH, GLOBAL_BATCH = 61, 16, 4
+BF16 = {"bf16": {"enabled": True}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 1}}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+LAYOUTS = {
+    "z0": ({"stage": 0}, {}),
+    "z1": ({"stage": 1}, {}),
+    "z2": ({"stage": 2}, {}),
+    "z3": ({"stage": 3, "stage3_param_persistence_threshold": 0}, {}),
+    "z1_bf16": ({"stage": 1}, BF16),
+    "z1_bf16_fp32_accumulation": ({"stage": 1}, BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}),
+    "z2_bf16": ({"stage": 2}, BF16),
+    "z3_bf16": ({"stage": 3, "stage3_param_persistence_threshold": 0}, BF16),
+    "z3_bf16_persistent": ({"stage": 3}, BF16),
+    "z3_bf16_subgroups": ({"stage": 3, "sub_group_size": 300}, BF16),
+    "z1_fp16": ({"stage": 1}, FP16),
+    "z2_fp16": ({"stage": 2}, FP16),
+    "z3_fp16": ({"stage": 3}, FP16),
+    "z2_bf16_offload": ({"stage": 2} | OFFLOAD, BF16),
+    "z2_round_robin": ({"stage": 2, "round_robin_gradients": True}, {}),
+    "z3_bf16_offload": ({"stage": 3, "offload_param": {"device": "cpu"}} | OFFLOAD, BF16),
+}
+
+
+class TinyLM(nn.Module):
+    """Tied embeddings, vectors without weight decay, sizes that divide into nothing."""
+
+    def __init__(self, hidden: int = 37) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, hidden)
+        self.down = nn.Linear(hidden, WIDTH, bias=False)
+        self.scale = nn.Parameter(torch.ones(1))  # fewer elements than ranks
+        self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.head.weight = self.embedding.weight
+        nn.init.normal_(self.embedding.weight, std=0.1)
+
+    def forward(self, tokens):
+        hidden = self.embedding(tokens[:, :-1])
+        hidden = hidden + self.down(torch.relu(self.up(self.norm(hidden))))
+        logits = self.head(hidden * self.scale).float()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def build(layout: str, seed: int, hidden: int = 37):
+    zero, precision = LAYOUTS[layout]
+    torch.manual_seed(seed)
+    model = TinyLM(hidden)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    config = {
+        "train_batch_size": GLOBAL_BATCH,
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // dist.get_world_size(),
+        "gradient_clipping": 0.5,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        **precision,
+    }
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), fused=True)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def train(engine, first: int, last: int) -> list[str]:
+    """Steps first + 1 to last; the mean loss of each over all ranks."""
+    losses = []
+    share = GLOBAL_BATCH // dist.get_world_size()
+    for step in range(first, last):
+        batch = torch.randint(VOCAB, (GLOBAL_BATCH, 9), generator=torch.Generator().manual_seed(step))
+        for group in engine.optimizer.param_groups:
+            group["lr"] = 1e-2 / (1 + step)
+        loss = engine(batch[dist.get_rank() * share :][:share])
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach().double()
+        dist.all_reduce(total)
+        losses.append((total / dist.get_world_size()).item().hex())
+    return losses
+
+
+def fingerprint(engine) -> str:
+    """Hash of every bit of the whole state: weights, moments, step counts, loss scaler."""
+    state, digest = EngineState(engine), hashlib.sha256()
+    for name in state.shapes:
+        for kind in ("weights", "exp_avg", "exp_avg_sq"):
+            tensor = state.gather(kind, name, 0)
+            if tensor is not None:
+                digest.update(tensor.numpy().tobytes())
+    digest.update(json.dumps([state.steps(), state.loss_scaler()]).encode())
+    return digest.hexdigest()
+
+
+def save(engine, directory: Path, step: int, **options) -> Path:
+    return save_checkpoint(
+        directory, engine, step=step, run_config={"name": "tiny"}, global_state={"samples": step * 4}, **options
+    )
+
+
+def message_of(function, *arguments, **options) -> list[str]:
+    """What every rank is told when `function` fails."""
+    text = "no error"
+    try:
+        function(*arguments, **options)
+    except UserError as error:
+        text = str(error)
+    messages = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, text)
+    return messages
+
+
+def same_layout(directory: Path, layout: str) -> dict:
+    """Six steps with a save after the third, and the last three again from that save."""
+    directory = directory / f"{layout}_{dist.get_world_size()}"
+    engine = build(layout, seed=1)
+    losses = train(engine, 0, 3)
+    path = save(engine, directory, 3)
+    saved = fingerprint(engine)
+    losses += train(engine, 3, 6)
+    end = fingerprint(engine)
+    engine.destroy()
+
+    engine = build(layout, seed=2)
+    state = restore(open_checkpoint(path), engine)
+    restored = fingerprint(engine)
+    resumed = train(engine, 3, 6)
+    result = {"losses": losses, "resumed": resumed, "saved": saved, "restored": restored, "end": end}
+    result |= {"resumed_end": fingerprint(engine), "global_state": state}
+    result["loss_scaler"] = open_checkpoint(path).optimizer["loss_scaler"]
+    # Back once more, now in an engine that has made steps.
+    restore(open_checkpoint(path), engine)
+    result["resumed_again"] = train(engine, 3, 6)
+    engine.destroy()
+    return result
+
+
+def chain(directory: Path, source: str, layout: str, first: int, last: int) -> dict:
+    """Continue another layout's checkpoint, and save."""
+    engine = build(layout, seed=2)
+    restore(open_checkpoint(directory / source), engine)
+    before = fingerprint(engine)
+    losses = train(engine, first, last)
+    path = save(engine, directory / f"{Path(source).parent}-{layout}_{dist.get_world_size()}", last)
+    engine.destroy()
+    return {"losses": losses, "fingerprint": before, "path": str(path.relative_to(directory))}
+
+
+def weights_alone(directory: Path, layout: str) -> dict:
+    """From the weights of a checkpoint with a fresh optimizer, against a save of the weights alone."""
+    full = directory / f"{layout}_{dist.get_world_size()}" / "step_00000003"
+    engine = build(layout, seed=2)
+    restore(open_checkpoint(full), engine, weights_only=True)
+    path = save(engine, directory / f"weights_{layout}_{dist.get_world_size()}", 0, weights_only=True)
+    losses = train(engine, 0, 2)
+    restore(open_checkpoint(path), engine, weights_only=True)  # in an engine with moments: they must go
+    again = train(engine, 0, 2)
+    steps = set(EngineState(engine).steps().values())
+    refusal = message_of(restore, open_checkpoint(path), engine)
+    engine.destroy()
+    return {"losses": losses, "again": again, "steps": sorted(steps), "refusal": refusal}
+
+
+def before_first_step(directory: Path, layout: str) -> dict:
+    """A save before the first step holds zero moments and step 0."""
+    engine = build(layout, seed=1)
+    checkpoint = open_checkpoint(save(engine, directory / f"zero_{layout}_{dist.get_world_size()}", 0))
+    steps = set(checkpoint.optimizer["steps"].values())
+    moments = sum(checkpoint.read(name, "exp_avg").abs().sum().item() for name in checkpoint.shapes)
+    losses = train(engine, 0, 2)
+    engine.destroy()
+    engine = build(layout, seed=2)
+    restore(checkpoint, engine)
+    resumed = train(engine, 0, 2)
+    engine.destroy()
+    return {"steps": sorted(steps), "moments": moments, "losses": losses, "resumed": resumed}
+
+
+def failures(directory: Path) -> dict:
+    """A rank that can't write, another model, a damaged file: what every rank is told, and what is left."""
+    directory = directory / f"failures_{dist.get_world_size()}"
+    engine = build("z1", seed=1)
+    train(engine, 0, 1)
+    save(engine, directory, 1)
+    result = {}
+    if dist.get_rank() == dist.get_world_size() - 1:  # one rank alone meets the end of its disk
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    result["full_disk"] = message_of(save, engine, directory, 2)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    result["left"] = sorted(path.name for path in directory.iterdir())
+    dist.barrier()
+    save(engine, directory, 2)
+    if dist.get_rank() == 0:
+        file = next((directory / "step_00000002").glob("exp_avg_0*"))
+        data = bytearray(file.read_bytes())
+        data[-5] ^= 1
+        file.write_bytes(data)
+    dist.barrier()
+    reports: list[str] = []
+    checkpoint = latest_sound(directory, reports.append)
+    result |= {
+        "step": checkpoint.step,
+        "reports": reports,
+        "damaged": message_of(open_checkpoint, directory / "step_00000002"),
+    }
+    save(engine, directory, 2)  # in the place of the damaged one
+    result["replaced"] = latest_sound(directory, reports.append).step
+    result["list"] = [path.name for path in list_checkpoints(directory)]
+    engine.destroy()
+    engine = build("z1", seed=1, hidden=38)
+    result["another_model"] = message_of(restore, checkpoint, engine)
+    engine.destroy()
+    return result
+
+
+def main() -> None:
+    job = json.loads(Path(sys.argv[1]).read_text())
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed wants fast fp16 instructions, which few CPUs have; slow ones give the same bits.
+    get_accelerator().is_fp16_supported = lambda: True
+    deepspeed.init_distributed(dist_backend="gloo")
+    results = {}
+    for name, *arguments in job["tasks"]:
+        results[" ".join([name, *map(str, arguments)])] = globals()[name](Path(job["directory"]), *arguments)
+    if dist.get_rank() == 0:
+        Path(job["output"]).write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""The folder on the disk: round trip, damage, foreign folders, interrupted saves, retention. No engine, one rank."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megaslm.checkpoint import (
+    DamagedCheckpoint,
+    apply_retention,
+    check_compatible,
+    latest_sound,
+    list_checkpoints,
+    open_checkpoint,
+    write_checkpoint,
+)
+from megaslm.checkpoint import folder as folder_module
+from megaslm.checkpoint.folder import assign_writers
+from megaslm.checkpoint.format import Checkpoint, read_manifest, write_manifest, write_safetensors
+from megaslm.errors import UserError
+
+OPTIMIZER = {
+    "type": "adam",
+    "moments": ["exp_avg", "exp_avg_sq"],
+    "steps": {"a": 3, "b": 3, "c": 3},
+    "loss_scaler": None,
+}
+
+
+def make_tensors() -> dict[str, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    shapes = {"a": (5, 3), "b": (7,), "c": (), "d": (2, 3, 4)}
+    return {kind: {n: torch.randn(s) for n, s in shapes.items()} for kind in ("weights", "exp_avg", "exp_avg_sq")}
+
+
+def write(directory: Path, step: int, **changes) -> Path:
+    arguments = {"run_config": {"name": "x"}, "global_state": {"samples": 8}, "optimizer": OPTIMIZER} | changes
+    return write_checkpoint(directory, make_tensors(), step=step, **arguments)
+
+
+def test_round_trip(tmp_path):
+    tensors = make_tensors()
+    path = write(tmp_path, 1000)
+    assert path.name == "step_00001000"
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00001000"]
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.step == 1000 and checkpoint.run_config == {"name": "x"}
+    assert checkpoint.global_state == {"samples": 8} and checkpoint.optimizer == OPTIMIZER
+    assert checkpoint.shapes == {"a": (5, 3), "b": (7,), "c": (), "d": (2, 3, 4)}
+    for kind, part in tensors.items():
+        for name, tensor in part.items():
+            assert torch.equal(checkpoint.read(name, kind), tensor)
+            flat = tensor.reshape(-1)
+            for start, stop in [(0, flat.numel()), (0, 1), (flat.numel() // 3, flat.numel() // 2 + 1)]:
+                assert torch.equal(checkpoint.read_flat(kind, name, start, stop), flat[start:stop])
+    # The files are plain safetensors for everyone else.
+    assert torch.equal(load_file(path / "exp_avg_00000.safetensors")["a"], tensors["exp_avg"]["a"])
+
+
+def test_bits_survive(tmp_path):
+    odd = torch.tensor([-0.0, float("nan"), float("inf"), 1e-45])
+    path = write_checkpoint(tmp_path, {"weights": {"odd": odd}}, step=0, run_config={}, global_state={}, optimizer=None)
+    assert torch.equal(open_checkpoint(path).read("odd").view(torch.int32), odd.view(torch.int32))
+
+
+def test_tensor_in_slices(tmp_path):
+    """The place for tensor-parallel slices: a tensor cut along both dimensions is put together."""
+    whole = torch.arange(35.0).view(7, 5)
+    cuts = {"top.left": (0, 4, 0, 2), "top.right": (0, 4, 2, 5), "low.left": (4, 7, 0, 2), "low.right": (4, 7, 2, 5)}
+    slices = []
+    for file, (top, low, left, right) in cuts.items():
+        write_safetensors(tmp_path / file, {"w": whole[top:low, left:right].contiguous()})
+        slices.append({"file": file, "key": "w", "offset": [top, left]})
+    tensors = {"weights": {"w": {"shape": [7, 5], "dtype": "float32", "slices": slices}}}
+    manifest = {"step": 1, "run_config": {}, "global_state": {}, "optimizer": None, "tensors": tensors}
+    checkpoint = Checkpoint(tmp_path, manifest)
+    assert torch.equal(checkpoint.read("w"), whole)
+    for start in range(35):
+        for stop in range(start + 1, 36):
+            assert torch.equal(checkpoint.read_flat("weights", "w", start, stop), whole.reshape(-1)[start:stop])
+
+
+def test_every_flipped_byte_is_named(tmp_path):
+    path = write(tmp_path, 1)
+    for file in sorted(path.iterdir()):
+        sound = file.read_bytes()
+        for place in {0, 9, len(sound) // 2, len(sound) - 1}:
+            damaged = bytearray(sound)
+            damaged[place] ^= 4
+            file.write_bytes(damaged)
+            with pytest.raises(DamagedCheckpoint, match=file.name):
+                open_checkpoint(path)
+        file.write_bytes(sound)
+    open_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "weights_00000.safetensors", "exp_avg_sq_00000.safetensors"])
+def test_truncated_and_missing_files_are_named(tmp_path, name):
+    path = write(tmp_path, 1)
+    file = path / name
+    file.write_bytes(file.read_bytes()[:-7])
+    with pytest.raises(DamagedCheckpoint, match=name):
+        open_checkpoint(path, verify=False)
+    file.unlink()
+    with pytest.raises(DamagedCheckpoint, match=f"{name} is missing"):
+        open_checkpoint(path, verify=False)
+
+
+def test_newer_version_is_refused(tmp_path):
+    path = write(tmp_path, 1)
+    manifest = {key: value for key, value in read_manifest(path).items() if key != "sha256"}
+    write_manifest(path, manifest | {"version": 2})
+    with pytest.raises(UserError, match="format version 2, this megaslm reads up to 1"):
+        open_checkpoint(path)
+    with pytest.raises(UserError, match="format version 2"):  # not passed over for an older one
+        latest_sound(tmp_path, print)
+
+
+@pytest.mark.parametrize(
+    ("files", "looks"),
+    [
+        (["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"], "a DeepSpeed checkpoint"),
+        (["config.json", "model.safetensors"], "a Hugging Face model"),
+        (["latest_checkpointed_iteration.txt"], "Megatron-LM"),
+        ([".metadata", "__0_0.distcp"], "PyTorch distributed"),
+        (["ckpt.pt"], "pickled"),
+        (["notes.txt"], "it holds notes.txt"),
+    ],
+)
+def test_foreign_folders_are_recognised(tmp_path, files, looks):
+    for file in files:
+        (tmp_path / file).write_text("x")
+    with pytest.raises(UserError, match=looks) as caught:
+        open_checkpoint(tmp_path)
+    assert not isinstance(caught.value, DamagedCheckpoint)
+
+
+def test_paths_that_are_no_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        open_checkpoint(tmp_path / "nowhere")
+    write(tmp_path, 7)
+    with pytest.raises(UserError, match="holds checkpoints but is none itself.*step_00000007"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="is a file"):
+        open_checkpoint(tmp_path / "file")
+    (tmp_path / "manifest.json").write_text('{"files": {}}')
+    with pytest.raises(UserError, match="not the manifest of a megaslm checkpoint"):
+        open_checkpoint(tmp_path)
+
+
+def test_latest_sound_falls_back(tmp_path):
+    assert latest_sound(tmp_path / "nowhere", print) is None
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    reports = []
+    (tmp_path / "step_00000003" / "manifest.json").unlink()
+    file = tmp_path / "step_00000002" / "weights_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    assert latest_sound(tmp_path, reports.append).step == 1
+    assert ["step_00000003" in reports[0], "step_00000002" in reports[1], len(reports)] == [True, True, 2]
+    assert "weights_00000.safetensors" in reports[1]
+    shutil.rmtree(tmp_path / "step_00000001")
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
+        latest_sound(tmp_path, reports.append)
+
+
+def test_killed_saves_leave_nothing_behind(tmp_path):
+    write(tmp_path, 1)
+    # Killed while writing, while deleting, and between the two renames of a replacement.
+    (tmp_path / ".step_00000002.tmp").mkdir()
+    (tmp_path / ".step_00000002.tmp" / "weights_00000.safetensors").write_text("half")
+    (tmp_path / ".step_00000000.deleted").mkdir()
+    (tmp_path / "step_00000001").rename(tmp_path / ".step_00000001.old")
+    assert list_checkpoints(tmp_path) == []
+    assert latest_sound(tmp_path, print).step == 1
+    write(tmp_path, 2)
+    assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000002"]
+
+
+def test_same_step_is_replaced(tmp_path):
+    write(tmp_path, 1)
+    path = write(tmp_path, 1, global_state={"samples": 9})
+    assert open_checkpoint(path).global_state == {"samples": 9}
+    assert os.listdir(tmp_path) == ["step_00000001"]
+
+
+def test_no_room_is_told_before_writing(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(folder_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError) as caught:
+        write(tmp_path, 2)
+    for part in ("step 2", "No space left on device", "last sound checkpoint is step_00000001", "free 17 MB"):
+        assert part in str(caught.value)
+    assert os.listdir(tmp_path) == ["step_00000001"]
+
+
+def test_failure_in_the_last_moment(tmp_path, monkeypatch):
+    """A manifest that can't be written leaves no folder, hidden or visible."""
+
+    def fail(*arguments):
+        raise PermissionError(13, "Permission denied", "manifest.json")
+
+    monkeypatch.setattr(folder_module, "write_manifest", fail)
+    with pytest.raises(UserError, match="Permission denied.*no earlier checkpoint.*make the folder writable"):
+        write(tmp_path, 1)
+    assert os.listdir(tmp_path) == []
+
+
+def test_retention(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        path = write(tmp_path, step)
+        os.utime(path / "manifest.json", (step, step))
+    deleted = apply_retention(tmp_path, keep_last=2, best="step_00000002")
+    assert sorted(path.name for path in deleted) == ["step_00000001", "step_00000003"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000004", "step_00000005"]
+    # After a fall back to step 4, step 3 is written anew: it is the newest, the damaged step 5 is not.
+    os.utime(write(tmp_path, 3) / "manifest.json", (6, 6))
+    apply_retention(tmp_path, keep_last=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000003"]
+
+
+def test_retention_keeps_a_sound_one(tmp_path):
+    for step in (1, 2, 3):
+        path = write(tmp_path, step)
+        os.utime(path / "manifest.json", (step, step))
+    (tmp_path / "step_00000003" / "weights_00000.safetensors").write_text("cut")
+    apply_retention(tmp_path, keep_last=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+
+
+def test_writers_are_balanced():
+    sizes = {("weights", str(i)): size for i, size in enumerate([100, 7, 7, 50, 30, 20, 1])}
+    writers = assign_writers(sizes, 3)
+    load = [sum(size for key, size in sizes.items() if writers[key] == rank) for rank in range(3)]
+    assert load == [100, 58, 57]
+    assert writers == assign_writers(dict(reversed(sizes.items())), 3)
+
+
+def test_check_compatible():
+    check_compatible({"a": (1, 2), "b": 0.1}, json.loads(json.dumps({"a": (1, 2), "b": 0.1})))
+    with pytest.raises(UserError) as caught:
+        check_compatible({"model.num_layers": 4, "train.seed": 1, "gone": 1}, {"model.num_layers": 6, "train.seed": 1})
+    assert "model.num_layers was 4 and is 6" in str(caught.value)
+    assert "gone was 1 and is not set" in str(caught.value)
+    assert "seed" not in str(caught.value)
