@@ -1,0 +1,132 @@
+"""Ranks: who they are, the device each one uses, and what they do together.
+
+Works under `deepspeed`, `torchrun` and whatever sets RANK, WORLD_SIZE and LOCAL_RANK, and without any as one rank.
+"""
+
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from megaslm.errors import UserError
+
+T = TypeVar("T")
+
+HOST_GROUP_TIMEOUT = timedelta(days=1)
+"""The host group waits for rank 0 while it tokenizes a corpus; a lost rank is noticed at once by its closed socket."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of them. `host_group` is a gloo group for small host-side messages."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    num_threads: int
+    host_group: dist.ProcessGroup
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self.rank
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """Run `function` on rank 0 alone and give its (picklable) result to all. A UserError is raised on all."""
+        box: list = [None, None]
+        if self.is_first:
+            try:
+                box[0] = function()
+            except UserError as error:
+                box[1] = str(error)
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, group=self.host_group)
+        if box[1] is not None:
+            raise UserError(box[1])
+        return box[0]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Element-wise sum of a small tensor over the data-parallel ranks, computed on the host in float64."""
+        total = values.detach().to("cpu", torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total, group=self.host_group)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """True on all ranks if `flag` is true on one."""
+        return bool(self.sum(torch.tensor([float(flag)])).item())
+
+
+def available_cores() -> int:
+    """Processor cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def init_distributed() -> Ranks:
+    """Join the process group through DeepSpeed, choose the device and give every CPU rank its share of the cores."""
+    _set_default_environment()
+    rank, world_size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    # torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"{local_world_size} ranks were started on this machine, which has {torch.cuda.device_count()} GPUs; "
+                "start at most one rank per GPU (deepspeed --num_gpus N)"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        num_threads = torch.get_num_threads()
+    else:
+        # DeepSpeed would only warn that it found no accelerator and takes the CPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        device = torch.device("cpu")
+        num_threads = max(1, available_cores() // local_world_size)
+        torch.set_num_threads(num_threads)
+
+    _quiet_deepspeed()
+    import deepspeed
+    import deepspeed.ops
+
+    # Shared-memory collectives for CPU ranks are compiled at first use (43 s; no compiler: an error; a killed build
+    # leaves a lock on which the next start hangs). gloo serves.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False, rank=rank, world_size=world_size
+    )
+    host_group = dist.new_group(backend="gloo", timeout=HOST_GROUP_TIMEOUT)
+    return Ranks(rank, world_size, local_rank, local_world_size, device, num_threads, host_group)
+
+
+def _set_default_environment() -> None:
+    """One rank by itself when no launcher has set the variables."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+
+
+def _quiet_deepspeed() -> None:
+    """Only warnings and errors of DeepSpeed reach the terminal."""
+    warnings.filterwarnings("ignore", module=r"deepspeed\..*")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -1,0 +1,86 @@
+"""Facts about the device: its name, peak rate, the precision it is good at, and the memory a run has used."""
+
+import functools
+import os
+import platform
+import resource
+import sys
+
+import torch
+
+from megaslm.errors import UserError
+
+# Dense bf16 tensor-core peaks in FLOP/s, from the vendors' datasheets (without sparsity). The name is what
+# torch.cuda.get_device_name() gives. A GPU that is not listed gets no MFU rather than a wrong one.
+PEAK_BF16_FLOPS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+}
+
+
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """Name of the GPU, or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    for line in _cpuinfo_lines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of one device in FLOP/s, or None where it is not known."""
+    return PEAK_BF16_FLOPS.get(device_name(device)) if device.type == "cuda" else None
+
+
+def preferred_precision(device: torch.device) -> str:
+    """bf16 where the hardware multiplies it (CUDA sm_80 and later, CPUs with AMX or AVX512-BF16), else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    return "bf16" if {"amx_bf16", "avx512_bf16"} & _cpu_flags() else "fp32"
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise UserError where DeepSpeed has no arithmetic of that type for the device (fp16 on most processors)."""
+    from deepspeed.accelerator import get_accelerator
+
+    if precision == "fp16" and not get_accelerator().is_fp16_supported():
+        raise UserError(
+            f"fp16 is not supported on {device_name(device)}; use train.precision={preferred_precision(device)}"
+        )
+    if precision == "bf16" and not get_accelerator().is_bf16_supported():
+        raise UserError(f"bf16 is not supported on {device_name(device)}; use train.precision=fp32")
+
+
+def _cpu_flags() -> set[str]:
+    for line in _cpuinfo_lines():
+        if line.startswith("flags"):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+@functools.cache
+def _cpuinfo_lines() -> tuple[str, ...]:
+    if not os.path.exists("/proc/cpuinfo"):
+        return ()
+    with open("/proc/cpuinfo") as file:
+        return tuple(file.read().splitlines())
+
+
+def memory_used(device: torch.device) -> dict[str, int]:
+    """Peak bytes: allocated and reserved on a GPU, resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return {
+            "memory_bytes": torch.cuda.max_memory_allocated(device),
+            "memory_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"memory_bytes": peak if sys.platform == "darwin" else peak * 1024}

@@ -1,0 +1,162 @@
+"""The DeepSpeed engine as this project uses it: one training step, whatever the ZeRO stage and precision.
+
+DeepSpeed owns the gradients' reduction, the sharding and the mixed precision. Ours are: the learning rate (set before
+each step), the scale of the loss (a mean over the unmasked targets of the global batch, never a mean of means), and in
+stage 0 the gradient norm and clipping, since DeepSpeed gives no norm there.
+"""
+
+import contextlib
+import copy
+import io
+import math
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from megaslm.config import OptimizerConfig, RunConfig, offloads_optimizer, zero_stage
+from megaslm.errors import UserError
+from megaslm.model import LanguageModel
+from megaslm.parallel import Ranks
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices decay; norm weights, biases and other vectors do not."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) -> torch.optim.Optimizer:
+    """The client optimizer. Raises UserError where the one asked for cannot run on this machine."""
+    groups = parameter_groups(model, config.weight_decay)
+    options = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+    if config.type == "adamw":
+        return torch.optim.AdamW(groups, **options, fused=True)
+    if config.type == "apex_fused_adam":
+        try:
+            from apex.optimizers import FusedAdam
+        except ImportError:
+            raise UserError(
+                "optimizer.type=apex_fused_adam needs NVIDIA's apex, which is not installed (build it from its source; "
+                "the package called apex on the registry is another project); optimizer.type=adamw is torch's fused one"
+            ) from None
+        return FusedAdam(groups, **options, adam_w_mode=True)
+    if torch.cuda.is_available() and not offload:
+        raise UserError(
+            "optimizer.type=deepspeed_cpu_adam updates weights in host memory; on a GPU it needs an engine config with "
+            "zero_optimization.offload_optimizer (ds_configs/zero3_offload.json)"
+        )
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    try:
+        return DeepSpeedCPUAdam(groups, **options, adamw_mode=True)
+    except (RuntimeError, OSError, AssertionError) as error:
+        raise UserError(
+            f"optimizer.type=deepspeed_cpu_adam could not be compiled ({str(error).splitlines()[0]}); "
+            "it needs a C++ compiler and ninja; optimizer.type=adamw needs neither"
+        ) from error
+
+
+def compile_blocks(model: LanguageModel, micro_batch_size: int, seq_length: int, dtype: torch.dtype) -> str | None:
+    """Switch torch.compile on for every block. Returns None, or the reason why it stays off.
+
+    One block is tried first, forward and backward, on a copy: a missing compiler shows here and not in the run.
+    """
+    blocks = model.decoder.blocks
+    trial = copy.deepcopy(blocks[0]).to(dtype)
+    device = next(trial.parameters()).device
+    x = torch.randn(micro_batch_size, seq_length, model.config.hidden_size, dtype=dtype, device=device)
+    rotary = model.decoder.rotary_table(seq_length) if model.decoder.rotary_table is not None else None
+    try:
+        trial.compile()
+        trial(x.requires_grad_(), rotary).sum().backward()
+    except Exception as error:  # Dynamo, Inductor and the compilers under them raise all kinds
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    for block in blocks:
+        block.compile()
+    return None
+
+
+class TrainingEngine:
+    """`train_step(micro_batches, lr)` and what can be asked about it."""
+
+    def __init__(self, model: LanguageModel, run: RunConfig, engine_config: dict, ranks: Ranks):
+        import deepspeed
+
+        self._stage = zero_stage(engine_config)
+        self._clipping = run.optimizer.gradient_clipping
+        self._gradient_scale = (
+            engine_config["gradient_accumulation_steps"]
+            * ranks.data_parallel_size
+            / (run.train.global_batch_size * run.seq_length)
+        )
+        self._own_skipped_steps = 0
+        self._own_grad_norm: Tensor | None = None
+        optimizer = build_optimizer(model, run.optimizer, offloads_optimizer(engine_config))
+        # DeepSpeed prints its memory use here, past its logger.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=engine_config)
+
+    @property
+    def model(self) -> LanguageModel:
+        """The network, through whose submodules sampling runs (the engine's hooks gather ZeRO-3 weights)."""
+        return self.deepspeed.module
+
+    def train_step(self, micro_batches: list[tuple[Tensor, Tensor]], lr: float) -> Tensor:
+        """One optimizer step over this rank's (tokens, targets) [B, S] of the global batch.
+
+        Returns the sum of this rank's losses, in nats, as a float64 scalar on the device. The gradient is that of
+        (sum of losses over the global batch) / (its targets): the engine averages over ranks and accumulation steps,
+        which the scale undoes.
+        """
+        engine = self.deepspeed
+        engine.train()
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        losses = torch.zeros((), dtype=torch.float64, device=engine.device)
+        for tokens, targets in micro_batches:
+            loss = engine(tokens, targets)
+            losses += loss.detach()
+            engine.backward(loss * self._gradient_scale)
+            if self._stage == 0 and engine.is_gradient_accumulation_boundary():
+                self._clip_gradients()
+            engine.step()
+        return losses
+
+    def _clip_gradients(self) -> None:
+        """Stage 0: clip to the global L2 norm; a gradient that is not finite is dropped and the step with it."""
+        parameters = list(self.model.parameters())
+        limit = self._clipping or math.inf
+        self._own_grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
+        if not self._own_grad_norm.isfinite():
+            self._own_skipped_steps += 1
+            self.model.zero_grad(set_to_none=True)
+
+    @property
+    def grad_norm(self) -> float:
+        """Global L2 norm of the last step's gradient, before clipping; not finite when the step was skipped."""
+        norm = self._own_grad_norm if self._stage == 0 else self.deepspeed.get_global_grad_norm()
+        return float(norm) if norm is not None else math.nan
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of this process whose gradient was not finite; their update was left out."""
+        return self.deepspeed.skipped_steps + self._own_skipped_steps
+
+    @property
+    def loss_scale(self) -> float | None:
+        """Factor on the loss under fp16, else None."""
+        return float(self.deepspeed.optimizer.cur_scale) if self.deepspeed.fp16_enabled() else None
+
+    @torch.no_grad()
+    def loss_sum(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the losses of one batch in evaluation mode, fp32 scalar."""
+        self.deepspeed.eval()
+        return self.deepspeed(tokens, targets)

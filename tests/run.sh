@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs megaslm with its test tools into .venv if need be, then runs the linter, the format check and the tests.
+#   bash tests/run.sh [arguments of pytest, as in tests/config -k engine]
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+bash "$root/launch/install.sh" dev
+cd "$root"
+export PATH="$root/.venv/bin:$PATH"
+
+ruff check .
+ruff format --check .
+exec python -m pytest "$@"
