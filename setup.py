@@ -32,10 +32,12 @@ setup(
         # One version: DeepSpeed changes defaults and removes features between minor versions.
         "deepspeed==0.19.8",
         # Not in constraints.txt: CUDA builds of torch ask for the one version they are built with.
-        'triton>=3.6; platform_system == "Linux" and platform_machine == "x86_64"',
+        'triton>=3.6; platform_system == "Linux"',
         "annotated-types>=0.6",
+        "huggingface-hub>=0.25",
         "matplotlib>=3.9",
         "numpy>=1.26",
+        "orjson>=3.10",
         "psutil>=5.9",
         "pydantic>=2.9,<3",
         "safetensors>=0.5",

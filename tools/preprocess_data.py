@@ -1,4 +1,5 @@
-"""Tokenize text into a token file: PREFIX.bin and PREFIX.idx (Megatron's format) and PREFIX.json.
+"""Tokenize text into a token file: PREFIX.bin and PREFIX.idx (Megatron's format), PREFIX.json, and PREFIX.tokenizer/,
+a copy of the tokenizer, which training finds there.
 
     python tools/preprocess_data.py --input corpus.jsonl notes/ --tokenizer tokenizer --output data/corpus
 
@@ -10,7 +11,7 @@ import sys
 import time
 
 from megaslm.commands import run_command
-from megaslm.data import BuildProgress, TextSource, build_token_file, describe, load_tokenizer
+from megaslm.data import BuildProgress, TextSource, build_token_file, describe, find_tokenizer, load_tokenizer
 
 REPORT_SECONDS = 10
 
@@ -57,6 +58,7 @@ def main() -> None:
         print(f"skipped {source.num_empty:,} empty documents")
     if tokenizer.eod_id is None and not arguments.no_eod:
         print("the tokenizer has no end-of-document token: documents stand back to back")
+    print(f"{find_tokenizer(arguments.output)}: the tokenizer, {tokenizer.vocab_size:,} tokens")
     print(f"{arguments.output}: {describe(manifest, time.perf_counter() - start)}")
 
 

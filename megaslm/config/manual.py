@@ -26,7 +26,7 @@ def describe_fields() -> str:
         kind = _section(field)
         parts.append(f"[{section}] {inspect.getdoc(kind)}")
         parts += [_entry(f"{section}.{name}", inner) for name, inner in kind.model_fields.items()]
-    parts.append(f"[items of data.train and data.validation] {inspect.getdoc(DatasetConfig)}")
+    parts.append(f"[items of data.train] {inspect.getdoc(DatasetConfig)}")
     parts += [_entry(name, field) for name, field in DatasetConfig.model_fields.items()]
     return "\n\n".join(parts) + "\n"
 

@@ -164,7 +164,12 @@ def _build(source: TextSource, options: CorpusOptions, tokenizer: Tokenizer | No
     ):
         start = time.perf_counter()
         manifest = build_token_file(
-            documents(), tokenizer, prefix, sources=source.files, options={**vars(options), "part": part}
+            documents(),
+            tokenizer,
+            prefix,
+            sources=source.files,
+            options={**vars(options), "part": part},
+            tokenizer_dir=corpus.tokenizer_dir,
         )
         report(f"{part}: {describe(manifest, time.perf_counter() - start)}")
     if source.num_empty:

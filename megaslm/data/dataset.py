@@ -5,7 +5,7 @@ Shapes: B samples, S = seq_length tokens.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -90,6 +90,25 @@ class TokenRange:
             )
 
 
+def common_tokenizer(parts: Iterable[TokenRange]) -> str | None:
+    """Fingerprint of the tokenizer that wrote all of `parts`; None where no manifest names one.
+
+    UserError if manifests name two, with a file of each; files whose manifest names none pass.
+    """
+    first: TokenRange | None = None
+    for part in parts:
+        if part.file.tokenizer_fingerprint is None:
+            continue
+        first = first or part
+        mine, other = first.file.tokenizer_fingerprint, part.file.tokenizer_fingerprint
+        if mine != other:
+            raise UserError(
+                f"{first.prefix} and {part.prefix} were tokenized with different tokenizers (fingerprints {mine} and "
+                f"{other}), so that one id means two texts: tokenize both with the same"
+            )
+    return first.file.tokenizer_fingerprint if first else None
+
+
 class TrainingData:
     """The training samples: sample number -> S + 1 tokens, a pure function of (datasets, split, seq_length, seed).
 
@@ -99,9 +118,10 @@ class TrainingData:
         seed: seed of the order.
         split: "a,b" or "a,b,c": train on the first part of each file's sequences. None: on all of it.
         vocab_size: ids from here on are a UserError, on opening by the manifest, else batch by batch.
-        tokenizer_fingerprint: a file written with another tokenizer is a UserError.
+        tokenizer_fingerprint: a file written with another tokenizer is a UserError; so are files of several.
 
     Attributes:
+        tokenizer_fingerprint: that of the tokenizer that wrote the files; None where no manifest names one.
         dtype: stored width of the ids, the widest of the files.
         samples_per_epoch: windows of all datasets with a weight above zero.
         tokens_per_epoch: samples_per_epoch * seq_length.
@@ -122,6 +142,7 @@ class TrainingData:
         self.weights = [float(weight) for _, weight in datasets]
         self.blend = Blend.of_weights(seed, self.weights)
         self.parts = [TokenRange(p, split, "train", vocab_size, tokenizer_fingerprint) for p, _ in datasets]
+        self.tokenizer_fingerprint = common_tokenizer(self.parts)
         self.orders = [
             WindowsOrder(len(part), seq_length, seed, index, part.prefix) for index, part in enumerate(self.parts)
         ]
@@ -213,6 +234,7 @@ class ValidationData:
         vocab_size, tokenizer_fingerprint: as in TrainingData.
 
     Attributes:
+        tokenizer_fingerprint: as in TrainingData.
         num_windows: windows of all files.
         num_targets: tokens predicted: all but the first of each file.
     """
@@ -229,6 +251,7 @@ class ValidationData:
             raise UserError("no validation data: give token files (data.validation) or a split with a second part")
         self.seq_length = seq_length
         self.parts = [TokenRange(p, split, "validation", vocab_size, tokenizer_fingerprint) for p in prefixes]
+        self.tokenizer_fingerprint = common_tokenizer(self.parts)
         for part in self.parts:
             if len(part) < 2:
                 raise UserError(f"the validation part of {part.prefix} has {len(part)} token: two are the least")

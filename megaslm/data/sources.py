@@ -3,7 +3,8 @@
 Inputs:
     FILE.jsonl, FILE.ndjson, FILE.json   one JSON object a line, its text in the field `text_key`; each is a document
     any other file                       UTF-8 text, one file is one document
-    FOLDER                               every file below it that ends in one of FOLDER_SUFFIXES, hidden ones left out
+    FOLDER                               every file below it that ends in one of FOLDER_SUFFIXES; hidden ones and
+                                         folders named *.tokenizer (copies of tokenizers) are left out
     GLOB                                 `*`, `?`, `[...]` and `**`; every file it matches
     python-stdlib                        the .py files of the running interpreter's standard library, tests left out
 
@@ -24,6 +25,7 @@ from typing import NamedTuple
 
 import orjson
 
+from megaslm.data.token_file import TOKENIZER_SUFFIX
 from megaslm.errors import UserError
 
 PYTHON_STDLIB = "python-stdlib"
@@ -122,7 +124,7 @@ class TextSource:
 
     def _find_in_folder(self, folder: Path) -> list[SourceFile]:
         files, others = [], 0
-        for path in _walk(folder, skip=lambda name: name.startswith(".")):
+        for path in _walk(folder, skip=lambda name: name.startswith(".") or name.endswith(TOKENIZER_SUFFIX)):
             if path.name.startswith("."):
                 continue
             if path.suffix.lower() in FOLDER_SUFFIXES:

@@ -40,6 +40,7 @@ UINT16_VOCAB_LIMIT = 65_500  # Megatron's limit: vocabularies from here on are s
 
 MANIFEST_FORMAT = "megaslm token file"
 MANIFEST_VERSION = 1
+TOKENIZER_SUFFIX = ".tokenizer"  # the folder PREFIX.tokenizer is a copy of the tokenizer, see builder.py
 MANIFEST_KEYS = ("dtype", "documents", "tokens", "largest_id", "tokenizer", "bin_bytes", "idx_bytes", "fingerprint")
 
 CHUNK_ENTRIES = 1 << 20  # index entries handled at a time: 8 MiB of offsets
@@ -108,10 +109,18 @@ class TokenFileWriter:
             manifest = writer.finish(text_bytes=12345)
     """
 
-    def __init__(self, prefix: str | os.PathLike, vocab_size: int, tokenizer_fingerprint: str | None = None):
+    def __init__(
+        self,
+        prefix: str | os.PathLike,
+        vocab_size: int,
+        tokenizer_fingerprint: str | None = None,
+        tokenizer_folder: str | None = None,
+    ):
+        """`tokenizer_fingerprint` and `tokenizer_folder` (relative to the folder of PREFIX) go into the manifest."""
         self.prefix = os.fspath(prefix)
         self.vocab_size = vocab_size
         self.tokenizer_fingerprint = tokenizer_fingerprint
+        self.tokenizer_folder = tokenizer_folder
         self.dtype = token_dtype(vocab_size)
         self.num_tokens = 0
         self.largest_id = -1
@@ -177,7 +186,11 @@ class TokenFileWriter:
             manifest = {
                 "format": MANIFEST_FORMAT,
                 "version": MANIFEST_VERSION,
-                "tokenizer": {"fingerprint": self.tokenizer_fingerprint, "vocab_size": self.vocab_size},
+                "tokenizer": {
+                    "fingerprint": self.tokenizer_fingerprint,
+                    "vocab_size": self.vocab_size,
+                    "folder": self.tokenizer_folder,
+                },
                 "dtype": self.dtype.name,
                 "documents": self.num_documents,
                 "tokens": self.num_tokens,
@@ -248,7 +261,7 @@ def _refuse_foreign_json(path: Path) -> None:
     """`--input corpus.json --output corpus` must not overwrite the input with the manifest."""
     if path.exists():
         try:
-            _read_manifest(path)
+            read_manifest(path)
         except UserError:
             raise UserError(
                 f"{path} exists and is not a manifest of ours: it would be overwritten; choose another output PREFIX"
@@ -258,7 +271,7 @@ def _refuse_foreign_json(path: Path) -> None:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _read_manifest(path: Path) -> dict | None:
+def read_manifest(path: Path) -> dict | None:
     """The manifest at `path`, None if there is no such file; UserError if it is not one of ours or is incomplete."""
     try:
         manifest = json.loads(path.read_bytes())
@@ -306,7 +319,7 @@ class TokenFile:
         self._fingerprint: str | None = None
         self._open_index()
         self._open_tokens()
-        self.manifest = _read_manifest(self.manifest_path)
+        self.manifest = read_manifest(self.manifest_path)
         if self.manifest is not None:
             self._check_manifest(self.manifest, tokenizer_fingerprint)
 
@@ -374,12 +387,23 @@ class TokenFile:
                     f"{self.manifest_path} says {key} {manifest[key]}, but {self.prefix}.bin and .idx have {found}: "
                     "they are from different builds or damaged; build the token file again"
                 )
-        stored = manifest["tokenizer"]["fingerprint"]
+        stored = self.tokenizer_fingerprint
         if tokenizer_fingerprint is not None and stored is not None and stored != tokenizer_fingerprint:
             raise UserError(
                 f"{self.prefix} was tokenized with another tokenizer (fingerprint {stored}, yours is "
                 f"{tokenizer_fingerprint}): give its tokenizer, or preprocess the text again"
             )
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Fingerprint of the tokenizer that wrote the file; None without a manifest, or where that names none."""
+        return self.manifest["tokenizer"]["fingerprint"] if self.manifest else None
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Where the manifest says that the tokenizer lies; None if it does not say. Nothing is checked."""
+        folder = self.manifest["tokenizer"].get("folder") if self.manifest else None
+        return None if folder is None else self.manifest_path.parent / folder
 
     @property
     def vocab_size(self) -> int | None:

@@ -129,6 +129,19 @@ class Tokenizer:
                 lengths[index] = len(token.replace("\u2581", " ").encode())  # SentencePiece's mark for a space
         return lengths
 
+    def count_bytes(self, ids: np.ndarray) -> int:
+        """UTF-8 bytes of text that `ids` stand for: the sum of `token_bytes`.
+
+        Ids that are no token's are 0 bytes: -100 of targets that are left out, and ids past `vocab_size`, which a model
+        with a larger vocabulary and a token file without a manifest may have.
+        """
+        known = ids[(ids >= 0) & (ids < self.vocab_size)]
+        return int(self.token_bytes[known].sum(dtype=np.int64))
+
+    def same_files(self, other: "Tokenizer") -> bool:
+        """Whether the folders of both hold the same, which is more than the same fingerprint: eod, decoder and all."""
+        return self._files == other._files
+
     @property
     def eod_token(self) -> str | None:
         return None if self.eod_id is None else self._backend.id_to_token(self.eod_id)
@@ -279,11 +292,9 @@ def load_tokenizer(path_or_hub_name: str | os.PathLike) -> Tokenizer:
 def _from_hub(name: str) -> Path:
     if not HUB_NAME.fullmatch(name):
         raise UserError(f"tokenizer folder {name} does not exist")
+    from huggingface_hub import snapshot_download  # here, since it takes a while to import
+
     missing = f"there is no tokenizer folder {name} here, and the Hugging Face hub gives no tokenizer of that name"
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError(f"{missing} without the package huggingface_hub; install it, or give a folder") from None
     try:
         return Path(snapshot_download(name, allow_patterns=list(FOLDER_FILES)))
     except Exception as error:  # no network, no such name, no permission: one class each

@@ -83,6 +83,12 @@ def test_token_files_replace_raw_text_and_back(tmp_path):
     assert "exclude each other" in mistake("data.train=a", "data.input=b")
 
 
+def test_token_files_by_name_alone():
+    data = load_run_config("quickstart", ["data.train=a", 'data.validation=["b", "c"]']).data
+    assert [(dataset.prefix, dataset.weight) for dataset in data.train] == [("a", 1)] and data.validation == ["b", "c"]
+    assert load_run_config("quickstart", ["data.train=a", "data.validation=b"]).data.validation == ["b"]
+
+
 def test_an_existing_tokenizer_brings_its_own_vocabulary():
     config = load_run_config("slm_tiny", ["tokenizer.path=gpt2"])
     assert config.tokenizer.vocab_size is None and config.expected_vocab_size is None
@@ -142,6 +148,7 @@ def test_unknown_keys_name_the_nearest_right_one(override, nearest):
         ("model.rope_fraction=1.5", "a number > 0 and <= 1"),
         ("data.input=[3]", "text"),
         ("data.input=3", "a list, each item text"),
+        ('data.validation=[{"prefix": "v", "weight": 2}]', "text"),
         ("data.split=98", "two or three shares"),
         ("data.split=0,2", "two or three shares"),
         ("name=../x", "must match"),

@@ -29,11 +29,13 @@ def bpe() -> Tokenizer:
 
 @pytest.fixture
 def write_tokens(tmp_path):
-    """write_tokens(documents, name=..., vocab_size=..., manifest=True) -> PREFIX"""
+    """write_tokens(documents, name=..., vocab_size=..., manifest=True, tokenizer=...) -> PREFIX"""
 
-    def write(documents, name: str = "corpus", vocab_size: int = 60_000, manifest: bool = True) -> str:
+    def write(
+        documents, name: str = "corpus", vocab_size: int = 60_000, manifest: bool = True, tokenizer: str = "f00d"
+    ):
         prefix = str(tmp_path / name)
-        with TokenFileWriter(prefix, vocab_size, tokenizer_fingerprint="f00d") as writer:
+        with TokenFileWriter(prefix, vocab_size, tokenizer_fingerprint=tokenizer) as writer:
             writer.extend([np.asarray(document) for document in documents])
             writer.finish()
         if not manifest:

@@ -1,8 +1,21 @@
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from megaslm.data import Document, TokenFile, ascii_tokenizer, build_token_file, builder, verify
+from megaslm.data import (
+    Document,
+    TokenFile,
+    ascii_tokenizer,
+    build_token_file,
+    builder,
+    character_tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+    verify,
+    vocab_size_of,
+)
 from megaslm.errors import UserError
 
 
@@ -44,3 +57,61 @@ def test_faults_leave_nothing_behind(tmp_path):
     with pytest.raises(UserError, match=r"x.jsonl:2: character '\\n'"):
         build_token_file(documents(["a", "\n"]), ascii_tokenizer("refuse"), tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_tokenizer_is_found_where_the_files_were_moved(bpe, tmp_path):
+    build_token_file(documents(["a b"]), bpe, tmp_path / "first" / "x.y")
+    (tmp_path / "first").rename(tmp_path / "second")
+    folder = find_tokenizer(tmp_path / "second" / "x.y")
+    assert folder == str(tmp_path / "second" / "x.y.tokenizer")
+    assert load_tokenizer(folder).fingerprint == bpe.fingerprint and vocab_size_of(tmp_path / "second" / "x.y") == 300
+    assert sorted(p.name for p in (tmp_path / "second").iterdir()) == [
+        "x.y.bin",
+        "x.y.idx",
+        "x.y.json",
+        "x.y.tokenizer",
+    ]
+
+
+def test_a_prefix_in_the_working_folder(bpe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    build_token_file(documents(["a b"]), bpe, "x")
+    assert find_tokenizer("x") == "x.tokenizer"
+
+
+def test_tokenizers_that_are_not_there(bpe, tmp_path, write_tokens):
+    build_token_file(documents(["a b"]), bpe, tmp_path / "x")
+    ascii_tokenizer().save(tmp_path / "x.tokenizer")
+    with pytest.raises(UserError, match=r"x.tokenizer \(fingerprint .* is not the tokenizer that .*x was built with"):
+        find_tokenizer(tmp_path / "x")
+    shutil.rmtree(tmp_path / "x.tokenizer")
+    assert find_tokenizer(tmp_path / "x") is None and vocab_size_of(tmp_path / "x") == 300
+    manifest = json.loads((tmp_path / "x.json").read_text())
+    del manifest["tokenizer"]["folder"]  # as written before there was one
+    (tmp_path / "x.json").write_text(json.dumps(manifest))
+    assert find_tokenizer(tmp_path / "x") is None
+    foreign = write_tokens([[1]], manifest=False)
+    assert find_tokenizer(foreign) is None and vocab_size_of(foreign) is None
+    with pytest.raises(UserError, match="absent.bin does not exist"):
+        find_tokenizer(tmp_path / "absent")
+
+
+def test_the_copy_follows_the_build(tmp_path):
+    first, second = character_tokenizer(["ab"]), character_tokenizer(["abc"])
+    build_token_file(documents(["ab"]), first, tmp_path / "x")
+    with pytest.raises(UserError, match="no documents"):
+        build_token_file([], second, tmp_path / "x")
+    assert load_tokenizer(find_tokenizer(tmp_path / "x")).same_files(first)
+    build_token_file(documents(["ab"]), second, tmp_path / "x")
+    assert load_tokenizer(find_tokenizer(tmp_path / "x")).same_files(second)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json", "x.tokenizer"]
+
+
+def test_a_tokenizer_of_the_user_is_not_overwritten(bpe, tmp_path):
+    folder = tmp_path / "x.tokenizer"
+    bpe.save(folder)
+    (folder / "notes.txt").write_text("precious")
+    with pytest.raises(UserError, match="x.tokenizer exists and is not the tokenizer ascii"):
+        build_token_file(documents(["a"]), ascii_tokenizer(), tmp_path / "x")
+    build_token_file(documents(["a"]), load_tokenizer(folder), tmp_path / "x")  # it stands there already
+    assert find_tokenizer(tmp_path / "x") == str(folder) and (folder / "notes.txt").read_text() == "precious"

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from megaslm.data import TextSource, TokenFile, load_tokenizer, prepare_corpus, verify
+from megaslm.data import TextSource, TokenFile, find_tokenizer, load_tokenizer, prepare_corpus, verify
 from megaslm.errors import UserError
 
 SHAKESPEARE = Path(__file__).resolve().parents[3] / "shared" / "data" / "tinyshakespeare.txt"
@@ -31,6 +31,8 @@ def test_documents_are_held_out(notes, tmp_path):
     assert len(validation) == 4
     assert load_tokenizer(corpus.tokenizer_dir).vocab_size == 280
     assert TokenFile(corpus.train_prefix, load_tokenizer(corpus.tokenizer_dir).fingerprint).manifest
+    for prefix in (corpus.train_prefix, corpus.validation_prefix):
+        assert find_tokenizer(prefix) == corpus.tokenizer_dir
     assert any(line.startswith("train: 36 documents") for line in lines)
     assert [path.name for path in (tmp_path / "data").iterdir()] == [Path(corpus.tokenizer_dir).parent.name]
 

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megaslm.data import IGNORED_TARGET, TokenFileWriter, TrainingData, ValidationData, split_bounds
+from megaslm.data import (
+    IGNORED_TARGET,
+    TokenFileWriter,
+    TrainingData,
+    ValidationData,
+    common_tokenizer,
+    split_bounds,
+)
 from megaslm.errors import UserError
 
 
@@ -115,6 +122,25 @@ def test_too_little_data(write_tokens):
     for nothing in (lambda: TrainingData([], 8, 0), lambda: ValidationData([], 8)):
         with pytest.raises(UserError, match="no .* data"):
             nothing()
+
+
+def test_files_of_different_tokenizers(write_tokens):
+    first, same = write_tokens([range(100)], "first"), write_tokens([range(100)], "same")
+    foreign, other = (
+        write_tokens([range(100)], "foreign", manifest=False),
+        write_tokens([range(100)], "other", tokenizer="beef"),
+    )
+    training = TrainingData([(foreign, 1), (first, 1), (same, 0)], 8, 0)
+    validation = ValidationData([other, foreign], 8)
+    assert (training.tokenizer_fingerprint, validation.tokenizer_fingerprint) == ("f00d", "beef")
+    assert TrainingData([(foreign, 1)], 8, 0).tokenizer_fingerprint is None
+    for opened in (
+        lambda: TrainingData([(foreign, 1), (first, 1), (other, 1)], 8, 0),
+        lambda: ValidationData([first, same, other], 8),
+        lambda: common_tokenizer([*training.parts, *validation.parts]),
+    ):
+        with pytest.raises(UserError, match=r"/first and .*/other were tokenized with different .*f00d and beef"):
+            opened()
 
 
 def test_ids_over_the_vocabulary(write_tokens):

@@ -76,6 +76,12 @@ def test_folders(folder):
     assert source.num_other_files == 1
 
 
+def test_copies_of_tokenizers_are_no_text(folder):
+    (folder / "corpus.tokenizer").mkdir()
+    (folder / "corpus.tokenizer" / "merges.txt").write_text("a b")
+    assert "a b" not in texts(TextSource([folder]))
+
+
 def test_order_depends_on_names_alone(folder, tmp_path):
     moved = tmp_path / "elsewhere"
     before = texts(TextSource([folder]))

@@ -1,5 +1,6 @@
 import json
 
+import huggingface_hub
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -113,6 +114,10 @@ def test_token_bytes(sample_text):
         for text in [sample_text, " ".join(PHRASES)]:
             assert made.token_bytes[made.encode(text)].sum() == len(text.encode())
         assert made.token_bytes.dtype == np.int32 and made.token_bytes.shape == (made.vocab_size,)
+        ids = made.encode(sample_text)
+        extended = np.array([*ids, -100, made.vocab_size, 60_000])
+        assert made.count_bytes(ids) == made.count_bytes(extended) == len(sample_text.encode())
+    assert ascii_tokenizer().count_bytes(np.array([[5, 0], [95, 96]], np.uint16)) == 2
     assert ascii_tokenizer().token_bytes.tolist() == [0] + [1] * 95
 
 
@@ -206,12 +211,11 @@ def test_folders_that_are_no_tokenizer(bpe, tmp_path):
         load_tokenizer(tmp_path / "tokenizer.json")
 
 
-def test_hub_names_without_a_network(monkeypatch, tmp_path):
-    hub = pytest.importorskip("huggingface_hub")
+def test_hub_names_without_a_network(monkeypatch):
 
     def refuse(*_, **__):
         raise OSError("no network")
 
-    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(UserError, match=r"no tokenizer folder org/name here.*\(no network\)"):
         load_tokenizer("org/name")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megaslm.commands import run_command
-from megaslm.data import load_tokenizer, verify
+from megaslm.data import find_tokenizer, load_tokenizer, verify
 from megaslm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +55,8 @@ def test_from_text_to_token_file(workspace):
     assert "skipped 1 empty documents" in output and "left out 1 files" in output
     file = verify(workspace / "out" / "data")
     assert file.num_documents == 31 and file.manifest["tokenizer"]["fingerprint"] == tokenizer.fingerprint
+    shutil.rmtree(workspace / "tok")
+    assert load_tokenizer(find_tokenizer(workspace / "out" / "data")).fingerprint == tokenizer.fingerprint
     assert {source["name"] for source in file.manifest["sources"]} == {"corpus.jsonl", "a.txt"}
     assert tokenizer.decode(file.document(0)) in ("a note", "document 0 about New York and 0")
 
