@@ -1,7 +1,7 @@
 """The network, its initial weights and its cost. Plain PyTorch, no ranks, no devices."""
 
 from megaslm.model.flops import count_parameters, flops_per_token
-from megaslm.model.initialization import initial_value, initialize_parameters
+from megaslm.model.initialization import build_model, initial_value, initialize_parameters
 from megaslm.model.transformer import Block, Decoder, LanguageModel, LanguageModelHead
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Decoder",
     "LanguageModel",
     "LanguageModelHead",
+    "build_model",
     "count_parameters",
     "flops_per_token",
     "initial_value",

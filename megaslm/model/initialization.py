@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from megaslm.config import ModelConfig
+from megaslm.model.transformer import LanguageModel
 
 RESIDUAL_PROJECTIONS = ("attention.out.weight", "feed_forward.down.weight")
 
@@ -29,6 +30,18 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> LanguageModel:
+    """The network with its initial weights, on `device`. Host memory holds one parameter at a time."""
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    model.to_empty(device=device)
+    model.tie_weights()
+    if model.decoder.rotary_table is not None:
+        model.decoder.rotary_table.fill()
+    initialize_parameters(model, config, seed)
+    return model
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ V padded vocabulary, N = B S rows, R rotated channels of a head.
 import torch
 import torch.nn.functional as F
 from megaslm_kernels import (
+    causal_attention,
     linear_cross_entropy_reference,
     rms_norm_reference,
     rotary_reference,
@@ -54,7 +55,16 @@ class RotaryTable(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        rotated = int(config.head_dim * config.rope_fraction)
+        self.config = config
+        pairs = int(config.head_dim * config.rope_fraction) // 2
+        self.register_buffer("cos", torch.empty(config.context_length, pairs), persistent=False)
+        self.register_buffer("sin", torch.empty(config.context_length, pairs), persistent=False)
+        self.fill()
+
+    def fill(self) -> None:
+        """Compute the table, in fp64, where its memory is."""
+        config = self.config
+        rotated = 2 * self.cos.size(1)
         theta, positions = config.rope_theta, torch.arange(config.context_length, dtype=torch.float64)
         if config.rope_scaling == "linear":
             positions = positions / config.rope_scaling_factor
@@ -62,8 +72,9 @@ class RotaryTable(nn.Module):
             theta = theta * config.rope_scaling_factor ** (rotated / max(rotated - 2, 1))
         frequencies = theta ** (-torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
         angles = torch.outer(positions, frequencies)
-        self.register_buffer("cos", angles.cos().float(), persistent=False)
-        self.register_buffer("sin", angles.sin().float(), persistent=False)
+        if not self.cos.is_meta:
+            self.cos.copy_(angles.cos())
+            self.sin.copy_(angles.sin())
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         return self.cos[:length], self.sin[:length]
@@ -90,14 +101,7 @@ class Attention(nn.Module):
         q_BSHD, k_BSKD = self.q_norm(q_BSHD), self.k_norm(k_BSKD)
         if rotary is not None:
             q_BSHD, k_BSKD = rotary_reference(q_BSHD, *rotary), rotary_reference(k_BSKD, *rotary)
-        y_BHSD = F.scaled_dot_product_attention(
-            q_BSHD.transpose(1, 2),
-            k_BSKD.transpose(1, 2),
-            v_BSKD.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=self.queries_per_kv > 1,
-        )
-        return self.out(y_BHSD.transpose(1, 2).flatten(2))
+        return self.out(causal_attention(q_BSHD, k_BSKD, v_BSKD).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -171,7 +175,8 @@ class Decoder(nn.Module):
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
                 # Non-reentrant: the reentrant form breaks ZeRO-2 and 3 where a module runs twice.
-                x_BSE = checkpoint(block, x_BSE, rotary, use_reentrant=False)
+                # Nothing in a block draws random numbers, so no generator's state is kept.
+                x_BSE = checkpoint(block, x_BSE, rotary, use_reentrant=False, preserve_rng_state=False)
             else:
                 x_BSE = block(x_BSE, rotary)
         return self.norm(x_BSE)
@@ -195,14 +200,18 @@ class LanguageModelHead(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Decoder and head. `LanguageModel(config)` leaves the weights to `initialize_parameters` or a checkpoint."""
+    """Decoder and head. `build_model` (initialization.py) makes one with its initial weights."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.decoder = Decoder(config)
         self.head = LanguageModelHead(config)
-        if config.tie_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Let head and embedding share one matrix where the config says so; `to_empty` parts them again."""
+        if self.config.tie_embeddings:
             self.head.weight = self.decoder.embedding.weight
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:

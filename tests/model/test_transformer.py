@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from megaslm.config import ModelConfig, list_presets, load_run_config
-from megaslm.model import LanguageModel, count_parameters, flops_per_token, initial_value, initialize_parameters
+from megaslm.model import (
+    LanguageModel,
+    build_model,
+    count_parameters,
+    flops_per_token,
+    initial_value,
+    initialize_parameters,
+)
 
 SMALL = dict(vocab_size=100, context_length=16, num_layers=2, hidden_size=32, num_heads=4, ffn_hidden_size=48)
 
@@ -70,7 +77,7 @@ def test_loss_is_the_sum_of_cross_entropies_of_the_logits(name):
 
 def test_initial_loss_is_about_ln_vocabulary():
     tokens, targets = batch(rows=32)
-    assert build()(tokens, targets).item() / targets.numel() == pytest.approx(math.log(100), rel=0.02)
+    assert build(init_std=0.02)(tokens, targets).item() / targets.numel() == pytest.approx(math.log(100), rel=0.02)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -114,9 +121,23 @@ def test_initial_weights_depend_on_seed_and_name_alone():
     assert torch.equal(shallow.get_parameter(name), initial_value(name, (96, 32), shallow.config, seed=0))
 
 
-def test_projections_into_the_residual_stream_start_smaller():
+def test_scale_of_the_initial_weights_follows_the_width():
     model = build(hidden_size=256, num_heads=4, ffn_hidden_size=512)
-    block = model.decoder.blocks[0]
-    assert block.attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert block.attention.out.weight.std().item() == pytest.approx(0.02 / 2, rel=0.05)
-    assert block.feed_forward.down.weight.std().item() == pytest.approx(0.02 / 2, rel=0.05)
+    block, std = model.decoder.blocks[0], math.sqrt(2 / (5 * 256))
+    assert block.attention.qkv.weight.std().item() == pytest.approx(std, rel=0.02)
+    assert model.decoder.embedding.weight.std().item() == pytest.approx(std, rel=0.02)
+    # The projections into the residual stream start smaller, by sqrt(2 layers).
+    assert block.attention.out.weight.std().item() == pytest.approx(std / 2, rel=0.02)
+    assert block.feed_forward.down.weight.std().item() == pytest.approx(std / 2, rel=0.02)
+    assert build(init_std=0.01).decoder.embedding.weight.std().item() == pytest.approx(0.01, rel=0.05)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_model_built_without_its_first_copy_is_the_same(name):
+    plain = build(seed=5, **VARIANTS[name])
+    built = build_model(plain.config, seed=5)
+    assert (built.head.weight is built.decoder.embedding.weight) == plain.config.tie_embeddings
+    for (ours, a), (theirs, b) in zip(built.named_parameters(), plain.named_parameters(), strict=True):
+        assert ours == theirs and torch.equal(a, b)
+    tokens, _ = batch()
+    assert torch.equal(built(tokens), plain(tokens))
