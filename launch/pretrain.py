@@ -6,6 +6,7 @@ The preset says what to train, the engine config how. Under `deepspeed` or `torc
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from megaslm.commands import run_command
@@ -37,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
 def print_presets() -> None:
     """A line each: name, true parameter count (where the vocabulary is known before the data), description."""
     from megaslm.model import count_parameters
-    from megaslm.training.report import format_count
+    from megaslm.training import format_count
 
     for name, description in list_presets().items():
         run = load_run_config(name)
@@ -50,16 +51,16 @@ def print_presets() -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.help_config:
-        print(describe_fields())
-        return
-    if arguments.list_presets:
-        print_presets()
+    is_first = os.environ.get("RANK", "0") == "0"
+    if arguments.help_config or arguments.list_presets:
+        if is_first:
+            print(describe_fields()) if arguments.help_config else print_presets()
         return
     run = load_run_config(arguments.preset, arguments.overrides)
     engine_config = load_engine_config(arguments.ds_config) if arguments.ds_config else default_engine_config()
     if arguments.print_config:
-        print(to_json(run))
+        if is_first:
+            print(to_json(run))
         return
     from megaslm.training import Options, train
 

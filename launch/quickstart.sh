@@ -14,5 +14,7 @@ if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; the
     # Left alone the launcher starts a rank per NUMA node, and warns that it chose the CPU.
     export DS_ACCELERATOR=cpu
     launcher+=(--num_accelerators 1)
+else
+    launcher+=(--num_gpus 1) # a model this small and a batch of 8 gain nothing from more
 fi
 exec "${launcher[@]}" launch/pretrain.py --ds_config ds_configs/zero2.json "$@"

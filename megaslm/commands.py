@@ -13,16 +13,19 @@ INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and leave with its return value as the exit code (None: 0).
 
-    A UserError becomes one `error: ...` message on stderr (of rank 0, where there are several) and exit code 2,
-    Ctrl-C exit code 130;
-    any other exception is a fault of ours and keeps its traceback.
+    A UserError becomes one `error: ...` message on stderr and exit code 2, Ctrl-C exit code 130; any other exception is
+    a fault of ours and keeps its traceback. Of several ranks with the same error one on each machine prints it.
     """
     try:
         code = main() or 0
     except UserError as error:
-        if error.on_one_rank or os.environ.get("RANK", "0") == "0":
+        if error.on_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = USER_ERROR_EXIT_CODE
+        if error.on_one_rank:
+            # The others wait in a collective: taking the process groups down in good order would wait for them.
+            sys.stdout.flush()
+            os._exit(code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED_EXIT_CODE

@@ -7,8 +7,8 @@ class UserError(Exception):
     """A mistake in a command, a configuration, the data or the machine: says what, where and what to do.
 
     Everything else (`AssertionError`, `RuntimeError`, ...) is a fault of ours and keeps its traceback.
-    Among several ranks all raise the same error and rank 0 prints it; `on_one_rank` marks one that may have come up on
-    a single rank (out of memory), which then prints it itself.
+    Several ranks raise the same error together; `on_one_rank` marks one that may have come up on a single rank (out of
+    memory, a lost connection), which then prints it itself and leaves at once.
     """
 
     def __init__(self, message: str, on_one_rank: bool = False):

@@ -29,9 +29,9 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from megaslm.checkpoint import ranks
 from megaslm.checkpoint.format import ADAM_MOMENTS, WEIGHTS
 from megaslm.errors import UserError
+from megaslm.parallel import host
 
 DEEPSPEED_VERSION = "0.19.8"
 # By name, since apex is optional: torch.optim, deepspeed.ops.adam and apex.optimizers.
@@ -91,7 +91,7 @@ class EngineState:
     def __init__(self, engine) -> None:
         _refuse_unsupported(engine)
         # Tensor-parallel slices are to come; until then every rank is a data-parallel one.
-        assert engine.seq_dp_world_size == ranks.world_size(), "data-parallel ranks are all ranks"
+        assert engine.seq_dp_world_size == host.world_size(), "data-parallel ranks are all ranks"
         self._device = engine.device
         self._adam = engine.basic_optimizer
         self._outer = engine.optimizer
@@ -117,22 +117,22 @@ class EngineState:
         """
         shard, shape = self._shards[name], self.shapes[name]
         if self._replicated:
-            if ranks.rank() != owner:
+            if host.rank() != owner:
                 return None
             return self._values(shard, kind).to("cpu", torch.float32, copy=True).view(shape)
         whole = torch.zeros(torch.Size(shape).numel(), dtype=torch.float32, device=self._device)
         if shard is not None:
             whole.narrow(0, shard.start, shard.numel).copy_(self._values(shard, kind))
-        if ranks.world_size() > 1:
+        if host.world_size() > 1:
             # The ranks' parts do not overlap. Summed as integers every bit survives, that of -0.0 and NaN too.
             dist.reduce(whole.view(torch.int32), dst=owner, op=dist.ReduceOp.SUM)
-        return whole.to("cpu").view(shape) if ranks.rank() == owner else None
+        return whole.to("cpu").view(shape) if host.rank() == owner else None
 
     def steps(self) -> dict[str, int]:
         """Adam's step count of every parameter, 0 before the first step. Collective."""
         local = [self._step(shard) if shard is not None else 0 for shard in self._shards.values()]
         counts = torch.tensor(local, dtype=torch.int64, device=self._device)
-        if ranks.world_size() > 1:
+        if host.world_size() > 1:
             dist.all_reduce(counts, op=dist.ReduceOp.MAX)
         return dict(zip(self._shards, counts.tolist(), strict=True))
 
@@ -260,7 +260,7 @@ class EngineState:
 
 def _cut(group: list[Tensor], offsets: list[int], flat: Tensor) -> Iterator[tuple[Tensor, Shard | None]]:
     """This rank's parts of parameters that start at `offsets` in a row, of which `flat` is this rank's equal part."""
-    low = flat.numel() * ranks.rank()
+    low = flat.numel() * host.rank()
     high = low + flat.numel()
     for parameter, offset in zip(group, offsets, strict=True):
         start, stop = max(offset, low), min(offset + parameter.numel(), high)

@@ -22,7 +22,6 @@ from typing import Any
 from torch import Tensor
 
 import megaslm
-from megaslm.checkpoint import ranks
 from megaslm.checkpoint.format import (
     MANIFEST,
     WEIGHTS,
@@ -35,6 +34,7 @@ from megaslm.checkpoint.format import (
     write_safetensors,
 )
 from megaslm.errors import UserError
+from megaslm.parallel import host
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def write_checkpoint(
     """
     directory = Path(directory)
     hidden = directory / f".{checkpoint_name(step)}.tmp"
-    needed = sum(ranks.gather(sum(tensor.nbytes for part in tensors.values() for tensor in part.values())))
+    needed = sum(host.gather(sum(tensor.nbytes for part in tensors.values() for tensor in part.values())))
     _together(directory, step, needed, lambda: _on_rank_0(lambda: _prepare(hidden, needed)))
     files, entries = _together(directory, step, needed, lambda: _write_files(hidden, tensors), cleanup=hidden)
     manifest: dict[str, Any] = {
@@ -118,7 +118,7 @@ def write_checkpoint(
         "files": {},
         "tensors": {},
     }
-    for part_files, part_entries in ranks.gather((files, entries)):
+    for part_files, part_entries in host.gather((files, entries)):
         manifest["files"] |= part_files
         for kind, part in part_entries.items():
             manifest["tensors"].setdefault(kind, {}).update(part)
@@ -141,18 +141,18 @@ def latest_sound(directory: str | Path, report: Callable[[str], None]) -> Checkp
         UserError: there are checkpoints, but none is sound; or one has a newer format version.
     """
     directory = Path(directory)
-    _, failures = ranks.try_together(lambda: _on_rank_0(lambda: _undo_interrupted_replacements(directory)))
+    _, failures = host.try_together(lambda: _on_rank_0(lambda: _undo_interrupted_replacements(directory)))
     if failures:
         raise UserError(f"can't put {directory} in order: {failures[0][1]}")
     # One rank's listing for all: on a network file system they may differ for a while.
-    paths = ranks.broadcast([path for path in list_checkpoints(directory)])
+    paths = host.broadcast([path for path in list_checkpoints(directory)])
     damage = []
     for path in reversed(paths):
         try:
             return open_checkpoint(path)
         except DamagedCheckpoint as error:
             damage.append(str(error))
-            if ranks.rank() == 0 and path != paths[0]:
+            if host.rank() == 0 and path != paths[0]:
                 report(f"{error}; trying the one before")
     if damage:
         raise UserError(
@@ -178,7 +178,7 @@ def apply_retention(directory: str | Path, keep_last: int, best: str | None = No
     """
     assert keep_last >= 1, "a run keeps its last checkpoint"
     deleted = []
-    if ranks.rank() == 0:
+    if host.rank() == 0:
         paths = sorted(list_checkpoints(directory), key=_time_written, reverse=True)
         keep = set(paths[:keep_last]) | {path for path in paths if path.name == best}
         if not any(_looks_sound(path) for path in keep):
@@ -190,20 +190,20 @@ def apply_retention(directory: str | Path, keep_last: int, best: str | None = No
                     deleted.append(path)
                 except OSError as error:
                     logger.warning("can't delete the old checkpoint %s: %s", path, error)
-    return ranks.broadcast(deleted)
+    return host.broadcast(deleted)
 
 
 def _on_rank_0(work: Callable[[], None]) -> None:
-    if ranks.rank() == 0:
+    if host.rank() == 0:
         work()
 
 
 def _together(directory: Path, step: int, needed: int, work: Callable[[], Any], cleanup: Path | None = None) -> Any:
     """Do a part of the save on every rank; if it fails on any, raise the UserError that says so on all."""
-    result, failures = ranks.try_together(work)
+    result, failures = host.try_together(work)
     if not failures:
         return result
-    if ranks.rank() == 0 and cleanup is not None:
+    if host.rank() == 0 and cleanup is not None:
         shutil.rmtree(cleanup, ignore_errors=True)
     rank, error = failures[0]
     if isinstance(error, UserError) or not isinstance(error, OSError):
@@ -211,7 +211,7 @@ def _together(directory: Path, step: int, needed: int, work: Callable[[], Any], 
     what = error.strerror or str(error)
     if error.filename:
         what += f" ({error.filename})"
-    if ranks.world_size() > 1:
+    if host.world_size() > 1:
         what += f" on rank {rank}"
     sound = list_checkpoints(directory)
     last = f"the last sound checkpoint is {sound[-1].name}" if sound else "there is no earlier checkpoint"
@@ -248,7 +248,7 @@ def _write_files(hidden: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> t
     for kind, part in tensors.items():
         if not part:
             continue
-        file = f"{kind}_{ranks.rank():05d}.safetensors"
+        file = f"{kind}_{host.rank():05d}.safetensors"
         files[file] = write_safetensors(hidden / file, dict(part))
         entries[kind] = {
             name: {

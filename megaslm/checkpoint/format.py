@@ -35,8 +35,8 @@ import safetensors
 import torch
 from torch import Tensor
 
-from megaslm.checkpoint import ranks
 from megaslm.errors import UserError
+from megaslm.parallel import host
 
 FORMAT = "megaslm-checkpoint"
 FORMAT_VERSION = 1
@@ -275,7 +275,7 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
     def inspect() -> dict[str, Any]:
         manifest = read_manifest(path)
         files = sorted(manifest["files"].items())
-        for name, expected in files[ranks.rank() :: ranks.world_size()] if verify else files:
+        for name, expected in files[host.rank() :: host.world_size()] if verify else files:
             damage = find_damage(path, name, expected, read=verify)
             if damage:
                 raise DamagedCheckpoint(f"checkpoint {path} is damaged: {damage}")
@@ -283,7 +283,7 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
 
     if not verify:
         return Checkpoint(path, inspect())
-    manifest, failures = ranks.try_together(inspect)
+    manifest, failures = host.try_together(inspect)
     if failures:
         raise failures[0][1]
     return Checkpoint(path, manifest)

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from megaslm.checkpoint import ranks
 from megaslm.checkpoint.folder import assign_writers, write_checkpoint
 from megaslm.checkpoint.format import ADAM_MOMENTS, WEIGHTS, Checkpoint
 from megaslm.errors import UserError
+from megaslm.parallel import host
 
 SHOWN = 5  # differences that a message lists
 
@@ -63,7 +63,7 @@ def save_checkpoint(
     state = _engine_state(engine)
     kinds = (WEIGHTS,) if weights_only else (WEIGHTS, *ADAM_MOMENTS)
     sizes = {(kind, name): 4 * torch.Size(shape).numel() for kind in kinds for name, shape in state.shapes.items()}
-    writers = assign_writers(sizes, ranks.world_size())
+    writers = assign_writers(sizes, host.world_size())
     tensors: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in kinds}
     for (kind, name), writer in writers.items():
         tensor = state.gather(kind, name, writer)
@@ -118,7 +118,7 @@ def restore(checkpoint: Checkpoint, engine, *, weights_only: bool = False) -> di
         for kind in (WEIGHTS,) if weights_only else (WEIGHTS, *ADAM_MOMENTS):
             state.load(kind, lambda name, start, stop, kind=kind: checkpoint.read_flat(kind, name, start, stop))
 
-    _, failures = ranks.try_together(load)
+    _, failures = host.try_together(load)
     checkpoint.close()
     if failures:
         raise failures[0][1]

@@ -18,9 +18,10 @@ def sample_tokens(
 ) -> list[int]:
     """Ids that `model` continues `prompt` [S] with, at most `max_new_tokens`, ending before `stop_id`.
 
-    temperature 0 takes the most probable token; top_k 0 keeps the whole vocabulary. The draws are made on the CPU from
-    `seed`, so every rank that calls this with the same weights gets the same text and the ranks stay in step (ZeRO-3
-    gathers weights in every forward). The context slides once it is full.
+    temperature 0 takes the most probable token; top_k 0 keeps the whole vocabulary. The context slides once it is full.
+    The draws are made on the CPU from `seed`, so that ranks with the same weights get the same text. Every call makes
+    max_new_tokens forward passes, whatever it meets: under ZeRO-3 a forward is collective, and a rank that drew another
+    token from a logit's last bit must not leave the others waiting.
     """
     was_training = model.training
     model.eval()
@@ -36,9 +37,7 @@ def sample_tokens(
             if 0 < top_k < logits.numel():
                 logits[logits < logits.topk(top_k).values[-1]] = -torch.inf
             token = int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
-        if token == stop_id:
-            break
         generated.append(token)
         tokens = torch.cat((tokens, tokens.new_tensor([[token]])), dim=1)
     model.train(was_training)
-    return generated
+    return generated[: generated.index(stop_id)] if stop_id in generated else generated

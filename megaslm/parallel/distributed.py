@@ -7,25 +7,25 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megaslm.errors import UserError
-
-T = TypeVar("T")
+from megaslm.parallel import host
 
 HOST_GROUP_TIMEOUT = timedelta(days=1)
-"""The host group waits for rank 0 while it tokenizes a corpus; a lost rank is noticed at once by its closed socket."""
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of them. `host_group` is a gloo group for small host-side messages."""
+    """This process among all of them. `host_group` is the gloo group of host.py.
+
+    `launched`: a launcher started this process, and it should not outlive it.
+    """
 
     rank: int
     world_size: int
@@ -34,6 +34,7 @@ class Ranks:
     device: torch.device
     num_threads: int
     host_group: dist.ProcessGroup
+    launched: bool
 
     @property
     def is_first(self) -> bool:
@@ -47,30 +48,12 @@ class Ranks:
     def data_parallel_size(self) -> int:
         return self.world_size
 
-    def on_first(self, function: Callable[[], T]) -> T:
-        """Run `function` on rank 0 alone and give its (picklable) result to all. A UserError is raised on all."""
-        box: list = [None, None]
-        if self.is_first:
-            try:
-                box[0] = function()
-            except UserError as error:
-                box[1] = str(error)
-        if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, group=self.host_group)
-        if box[1] is not None:
-            raise UserError(box[1])
-        return box[0]
-
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Element-wise sum of a small tensor over the data-parallel ranks, computed on the host in float64."""
         total = values.detach().to("cpu", torch.float64)
         if self.world_size > 1:
             dist.all_reduce(total, group=self.host_group)
         return total
-
-    def any(self, flag: bool) -> bool:
-        """True on all ranks if `flag` is true on one."""
-        return bool(self.sum(torch.tensor([float(flag)])).item())
 
 
 def available_cores() -> int:
@@ -80,7 +63,7 @@ def available_cores() -> int:
 
 def init_distributed() -> Ranks:
     """Join the process group through DeepSpeed, choose the device and give every CPU rank its share of the cores."""
-    _set_default_environment()
+    launched = _complete_environment()
     rank, world_size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     # torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
@@ -88,7 +71,8 @@ def init_distributed() -> Ranks:
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"{local_world_size} ranks were started on this machine, which has {torch.cuda.device_count()} GPUs; "
-                "start at most one rank per GPU (deepspeed --num_gpus N)"
+                "start at most one rank per GPU (deepspeed --num_gpus N)",
+                on_one_rank=True,
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -97,7 +81,10 @@ def init_distributed() -> Ranks:
         # DeepSpeed would only warn that it found no accelerator and takes the CPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         device = torch.device("cpu")
-        num_threads = max(1, available_cores() // local_world_size)
+        cores = available_cores()
+        # A launcher that binds ranks to cores gives as many threads: then the cores seen are this rank's own already.
+        bound = os.environ.get("OMP_NUM_THREADS") == str(cores)
+        num_threads = cores if bound else max(1, cores // local_world_size)
         torch.set_num_threads(num_threads)
 
     _quiet_deepspeed()
@@ -111,22 +98,33 @@ def init_distributed() -> Ranks:
         dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False, rank=rank, world_size=world_size
     )
     host_group = dist.new_group(backend="gloo", timeout=HOST_GROUP_TIMEOUT)
-    return Ranks(rank, world_size, local_rank, local_world_size, device, num_threads, host_group)
+    host.set_group(host_group)
+    return Ranks(rank, world_size, local_rank, local_world_size, device, num_threads, host_group, launched)
 
 
-def _set_default_environment() -> None:
-    """One rank by itself when no launcher has set the variables."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+def _complete_environment() -> bool:
+    """Whether a launcher started this process; without one, set what makes it one rank by itself."""
+    given = [name for name in LAUNCHER_VARIABLES if name in os.environ]
+    if "RANK" in given and len(given) < len(LAUNCHER_VARIABLES):
+        missing = ", ".join(name for name in LAUNCHER_VARIABLES if name not in given)
+        raise UserError(
+            f"RANK is set and {missing} is not: start the ranks with deepspeed or torchrun, "
+            "or unset RANK to run as one rank"
+        )
+    if "RANK" in given:
         os.environ.setdefault("LOCAL_RANK", "0")
-        return
+        return True
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return False
 
 
 def _quiet_deepspeed() -> None:
     """Only warnings and errors of DeepSpeed reach the terminal."""
     warnings.filterwarnings("ignore", module=r"deepspeed\..*")
+    # It calls collectives by names that newer versions of torch deprecate, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

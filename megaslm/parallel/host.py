@@ -1,4 +1,9 @@
-"""The few things a checkpoint asks of the other ranks. Without a process group every function is that of one rank."""
+"""Small host-side messages between the ranks, over a gloo group of its own (`set_group`).
+
+That group waits for long: rank 0 may be tokenizing a corpus or hashing a large checkpoint, which NCCL's watchdog would
+take for a hang. A lost rank is noticed at once, by its closed socket. Without a process group every function is that of
+one rank.
+"""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -8,6 +13,13 @@ import torch.distributed as dist
 from megaslm.errors import UserError
 
 Result = TypeVar("Result")
+_group: dist.ProcessGroup | None = None
+
+
+def set_group(group: dist.ProcessGroup | None) -> None:
+    """Send the messages over `group`; None: over the default group."""
+    global _group
+    _group = group
 
 
 def _grouped() -> bool:
@@ -29,7 +41,7 @@ def gather(value: Any) -> list[Any]:
     if not _grouped():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_group)
     return values
 
 
@@ -38,7 +50,7 @@ def broadcast(value: Any) -> Any:
     if not _grouped():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_group)
     return box[0]
 
 
@@ -61,3 +73,16 @@ def try_together(work: Callable[[], Result]) -> tuple[Result | None, list[tuple[
     told_by_all = gather(told)
     told_by_all[rank()] = failure
     return result, [(i, error) for i, error in enumerate(told_by_all) if error is not None]
+
+
+def together(work: Callable[[], Result]) -> Result:
+    """Do `work` on every rank; what one of them raises is raised on all. Collective."""
+    result, failures = try_together(work)
+    if failures:
+        raise failures[0][1]
+    return result
+
+
+def on_first(work: Callable[[], Result]) -> Result:
+    """Do `work` on rank 0 alone and give its (picklable) result, or what it raised, to all. Collective."""
+    return broadcast(together(lambda: work() if rank() == 0 else None))

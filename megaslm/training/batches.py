@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megaslm.config import BatchLayout
 from megaslm.data import TrainingData
+from megaslm.errors import UserError
 from megaslm.parallel import Ranks
 
 
@@ -24,6 +25,9 @@ def step_batches(data: TrainingData, samples: int, layout: BatchLayout, ranks: R
     batches = []
     for m in range(layout.accumulation_steps):
         first = samples + (m * size + ranks.data_parallel_rank) * micro
-        window = to_device(data.batch(first, micro), ranks.device)
+        try:
+            window = to_device(data.batch(first, micro), ranks.device)
+        except UserError as error:  # an id over the vocabulary lies in one rank's samples
+            raise UserError(str(error), on_one_rank=True) from error
         batches.append((window[:, :-1], window[:, 1:]))
     return batches

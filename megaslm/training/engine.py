@@ -46,7 +46,13 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) ->
                 "optimizer.type=apex_fused_adam needs NVIDIA's apex, which is not installed (build it from its source; "
                 "the package called apex on the registry is another project); optimizer.type=adamw is torch's fused one"
             ) from None
-        return FusedAdam(groups, **options, adam_w_mode=True)
+        try:
+            return FusedAdam(groups, **options, adam_w_mode=True)
+        except RuntimeError as error:
+            raise UserError(
+                f"optimizer.type=apex_fused_adam does not run here ({first_line(error)}); apex must be built with its "
+                "CUDA extensions, for a GPU; optimizer.type=adamw is torch's fused one"
+            ) from error
     if torch.cuda.is_available() and not offload:
         raise UserError(
             "optimizer.type=deepspeed_cpu_adam updates weights in host memory; on a GPU it needs an engine config with "
@@ -58,7 +64,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) ->
         return DeepSpeedCPUAdam(groups, **options, adamw_mode=True)
     except (RuntimeError, OSError, AssertionError) as error:
         raise UserError(
-            f"optimizer.type=deepspeed_cpu_adam could not be compiled ({str(error).splitlines()[0]}); "
+            f"optimizer.type=deepspeed_cpu_adam could not be compiled ({first_line(error)}); "
             "it needs a C++ compiler and ninja; optimizer.type=adamw needs neither"
         ) from error
 
@@ -76,11 +82,18 @@ def compile_blocks(model: LanguageModel, micro_batch_size: int, seq_length: int,
     try:
         trial.compile()
         trial(x.requires_grad_(), rotary).sum().backward()
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # Dynamo, Inductor and the compilers under them raise all kinds
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     for block in blocks:
         block.compile()
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, which may be empty."""
+    return next(iter(str(error).strip().splitlines()), "no message")
 
 
 class TrainingEngine:
@@ -96,9 +109,9 @@ class TrainingEngine:
             * ranks.data_parallel_size
             / (run.train.global_batch_size * run.seq_length)
         )
-        self._own_skipped_steps = 0
+        self._own_skipped_steps = torch.zeros((), device=ranks.device)
         self._own_grad_norm: Tensor | None = None
-        optimizer = build_optimizer(model, run.optimizer, offloads_optimizer(engine_config))
+        self._optimizer = optimizer = build_optimizer(model, run.optimizer, offloads_optimizer(engine_config))
         # DeepSpeed prints its memory use here, past its logger.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -131,12 +144,16 @@ class TrainingEngine:
         return losses
 
     def _clip_gradients(self) -> None:
-        """Stage 0: clip to the global L2 norm; a gradient that is not finite is dropped and the step with it."""
-        parameters = list(self.model.parameters())
-        limit = self._clipping or math.inf
-        self._own_grad_norm = nn.utils.clip_grad_norm_(parameters, limit)
-        if not self._own_grad_norm.isfinite():
-            self._own_skipped_steps += 1
+        """Stage 0: clip to the global L2 norm; a step whose gradient is not finite is left out and counted."""
+        norm = nn.utils.clip_grad_norm_(list(self.model.parameters()), self._clipping or math.inf)
+        self._own_grad_norm = norm
+        skip = (~norm.isfinite()).float()
+        self._own_skipped_steps += skip
+        if isinstance(self._optimizer, torch.optim.AdamW):
+            # The fused kernel reads this flag, made for torch's GradScaler, and does nothing where it is 1.
+            # The host need not wait for it.
+            self._optimizer.found_inf = skip
+        elif skip:
             self.model.zero_grad(set_to_none=True)
 
     @property
@@ -148,7 +165,7 @@ class TrainingEngine:
     @property
     def skipped_steps(self) -> int:
         """Steps of this process whose gradient was not finite; their update was left out."""
-        return self.deepspeed.skipped_steps + self._own_skipped_steps
+        return self.deepspeed.skipped_steps + int(self._own_skipped_steps)
 
     @property
     def loss_scale(self) -> float | None:

@@ -4,10 +4,9 @@ import math
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from megaslm.data import Tokenizer, ValidationData
+from megaslm.data import IGNORED_TARGET, Tokenizer, ValidationData
 from megaslm.parallel import Ranks
 from megaslm.training.batches import to_device
 from megaslm.training.engine import TrainingEngine
@@ -49,12 +48,12 @@ def evaluate(
         first = start + ranks.data_parallel_rank * batch_size
         tokens, targets = data.batch(first, batch_size)
         if first + batch_size > windows:
-            targets[max(0, windows - first) :] = -100
+            targets[max(0, windows - first) :] = IGNORED_TARGET
         losses += engine.loss_sum(to_device(tokens, ranks.device), to_device(targets, ranks.device))
-        real = targets[targets != -100]
+        real = targets[targets != IGNORED_TARGET]
         targets_seen += real.size
         if tokenizer is not None:
-            bytes_seen += int(tokenizer.token_bytes[real].sum(dtype=np.int64))
+            bytes_seen += tokenizer.count_bytes(real)
     totals = ranks.sum(torch.tensor([losses.item(), targets_seen, bytes_seen], dtype=torch.float64))
     loss_sum, target_count, byte_count = totals.tolist()
     return Evaluation(

@@ -9,24 +9,37 @@ Definitions (the only place that has them):
 - memory_bytes: peak allocated on a GPU, peak resident set on a CPU (rank 0)
 """
 
+import contextlib
 import json
+import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from megaslm.config import LoggingConfig
+import torch
+
+from megaslm.config import LoggingConfig, RunConfig
 from megaslm.errors import UserError
 
 
 class Stopwatch:
     """Wall time that leaves out what runs inside `with watch.paused():`."""
 
-    def __init__(self):
-        self._started = time.perf_counter()
-        self._pause = 0.0
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._started, self._pause = time.perf_counter(), 0.0
 
+    @contextlib.contextmanager
     def paused(self):
-        return _Pause(self)
+        # What the device still has to do belongs to the time before.
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        entered = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._pause += time.perf_counter() - entered
 
     def restart(self) -> float:
         """Seconds since the last restart, pauses taken off; starts anew."""
@@ -36,52 +49,68 @@ class Stopwatch:
         return seconds
 
 
-class _Pause:
-    def __init__(self, watch: Stopwatch):
-        self._watch = watch
-
-    def __enter__(self):
-        self._entered = time.perf_counter()
-
-    def __exit__(self, *_):
-        self._watch._pause += time.perf_counter() - self._entered
-
-
 class MetricsLog:
-    """Writes one record a call to every place asked for. Continuing a run cuts back what lies after its step."""
+    """Writes one record a call to every place asked for. Continuing a run cuts back what lies after its step.
 
-    def __init__(self, run_dir: Path, config: LoggingConfig, run_name: str, resolved: dict, resume_step: int):
-        self._path = run_dir / "metrics.jsonl"
-        _cut_back(self._path, resume_step)
-        self._file = self._path.open("a")
+    A disk that is full costs the record, with a warning, and not the run: the next checkpoint says what to do.
+    """
+
+    def __init__(self, run_dir: Path, run: RunConfig, resume_step: int, say: Callable[[str], None]):
+        self._path, self._say, self._warned = run_dir / "metrics.jsonl", say, False
+        try:
+            _cut_back(self._path, resume_step)
+            self._file = self._path.open("a")
+        except OSError as error:
+            raise UserError(f"cannot write {self._path}: {error.strerror}; choose another --run_dir") from error
+        config = run.logging
         self._tensorboard = _open_tensorboard(run_dir, resume_step) if config.tensorboard else None
-        self._wandb = _open_wandb(run_dir, config, run_name, resolved)
+        self._wandb = _open_wandb(run_dir, config, run)
 
     def write(self, record: dict) -> None:
-        """Append `record` (kind, step and numbers; None values are left out)."""
+        """Append `record` (kind, step and numbers); what is None is left out, what is not finite becomes null."""
         record = {key: value for key, value in record.items() if value is not None}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        # JSON has no NaN and no infinity (the norm of a skipped step): null, so that every reader can read the line.
+        finite = {key: value if _is_finite(value) else None for key, value in record.items()}
         scalars = {f"{record['kind']}/{key}": value for key, value in record.items() if key not in ("kind", "step")}
-        if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, record["step"])
-        if self._wandb is not None:
-            self._wandb.log({**scalars, "step": record["step"]})
+        with self._surviving():
+            self._file.write(json.dumps(finite) + "\n")
+            self._file.flush()
+            if self._tensorboard is not None:
+                for name, value in scalars.items():
+                    self._tensorboard.add_scalar(name, value, record["step"])
+            if self._wandb is not None:
+                self._wandb.log({**scalars, "step": record["step"]})
 
     def write_text(self, step: int, text: str) -> None:
         """A generated sample: to TensorBoard and Weights & Biases."""
-        if self._tensorboard is not None:
-            self._tensorboard.add_text("sample", text, step)
-        if self._wandb is not None:
-            self._wandb.log({"sample": text, "step": step})
+        with self._surviving():
+            if self._tensorboard is not None:
+                self._tensorboard.add_text("sample", text, step)
+            if self._wandb is not None:
+                self._wandb.log({"sample": text, "step": step})
 
     def close(self) -> None:
-        self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+        with self._surviving():
+            self._file.close()
+        with self._surviving():
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+        with self._surviving():
+            if self._wandb is not None:
+                self._wandb.finish()
+
+    @contextlib.contextmanager
+    def _surviving(self):
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                self._say(f"warning: metrics can't be written to {self._path.parent} ({error.strerror}); going on")
+                self._warned = True
+
+
+def _is_finite(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -110,10 +139,10 @@ def _open_tensorboard(run_dir: Path, resume_step: int):
     from torch.utils.tensorboard import SummaryWriter
 
     # purge_step hides what an interrupted run wrote past the checkpoint
-    return SummaryWriter(run_dir / "tensorboard", purge_step=resume_step + 1 if resume_step else None)
+    return SummaryWriter(run_dir / "tensorboard", purge_step=resume_step + 1)
 
 
-def _open_wandb(run_dir: Path, config: LoggingConfig, run_name: str, resolved: dict):
+def _open_wandb(run_dir: Path, config: LoggingConfig, run_config: RunConfig):
     if config.wandb == "off":
         return None
     try:
@@ -127,12 +156,12 @@ def _open_wandb(run_dir: Path, config: LoggingConfig, run_name: str, resolved: d
     try:
         run = wandb.init(
             project=config.wandb_project,
-            name=run_name,
+            name=run_config.name,
             id=run_id,
             resume="allow",
             dir=str(run_dir),
             mode=config.wandb,
-            config=resolved,
+            config=run_config.model_dump(mode="json"),
             settings=wandb.Settings(silent=True),
         )
     except wandb.errors.Error as error:

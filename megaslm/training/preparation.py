@@ -1,67 +1,137 @@
-"""From a run config to tokens: build or open the token files, load the tokenizer, fill in what follows from them."""
+"""From the configs to a plan: open or build the tokens, load the tokenizer, decide layout, precision and length."""
 
+import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from megaslm.config import RunConfig
-from megaslm.data import PreparedCorpus, Tokenizer, TrainingData, ValidationData, load_tokenizer, prepare_corpus
+import numpy as np
+
+from megaslm.config import BatchLayout, RunConfig, requested_precision, resolve_batch, resolve_engine_config
+from megaslm.data import (
+    PreparedCorpus,
+    Tokenizer,
+    TrainingData,
+    ValidationData,
+    common_tokenizer,
+    find_tokenizer,
+    load_tokenizer,
+    prepare_corpus,
+    vocab_size_of,
+)
 from megaslm.errors import UserError
-from megaslm.parallel import Ranks
+from megaslm.parallel import Ranks, host
+from megaslm.training.device import check_precision, preferred_precision
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says beside the configs.
+
+    resume: "auto" continues what the folder holds, "never" refuses a folder that holds a run.
+    """
+
+    run_dir: Path
+    resume: str = "auto"
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads. `tokenizer` is None where the token files name none: no sample text, no bits per byte."""
+    """What a run reads. `tokenizer` is None where the token files lead to none: no sample text, no bits per byte.
+    `sample_prompt` is eval.sample_prompt in ids, or None where it is empty."""
 
     training: TrainingData
-    validation: ValidationData | None
+    validation: ValidationData
     tokenizer: Tokenizer | None
-    tokenizer_dir: Path | None
+    sample_prompt: np.ndarray | None
 
 
-def prepare_data(run: RunConfig, ranks: Ranks) -> tuple[RunConfig, RunData]:
+@dataclass(frozen=True)
+class Plan:
+    """A run with everything decided: what the header prints and the loop follows. Alike on all ranks."""
+
+    run: RunConfig
+    engine_config: dict
+    options: Options
+    ranks: Ranks
+    data: RunData
+    layout: BatchLayout
+    precision: str
+    steps: int
+    say: Callable[..., None]
+
+
+def make_plan(run: RunConfig, engine_file: dict, options: Options, ranks: Ranks) -> Plan:
+    """Decide everything that follows from the configs, the data and the machine.
+
+    Raises UserError on all ranks: configs that contradict each other or the machine, and what `prepare_data` raises.
+    """
+
+    def say(*lines: str) -> None:
+        """Print on rank 0. A terminal that is gone is no reason to lose a run."""
+        if ranks.is_first:
+            with contextlib.suppress(OSError):
+                print(*lines, sep="\n", flush=True)
+
+    batch = resolve_batch(run.train.global_batch_size, run.train.micro_batch_size, ranks.data_parallel_size)
+    precision = requested_precision(engine_file, run.train.precision, auto=lambda: preferred_precision(ranks.device))
+    check_precision(precision, ranks.device)
+    engine_config = resolve_engine_config(
+        engine_file, run=run, precision=precision, batch=batch, data_parallel_size=ranks.data_parallel_size
+    )
+    run, data = prepare_data(run, say)
+    return Plan(run, engine_config, options, ranks, data, batch, precision, total_steps(run, data.training), say)
+
+
+def prepare_data(run: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, RunData]:
     """Open the run's data on every rank (rank 0 builds it first if it must) and return the config with its vocabulary.
 
     Raises UserError: no data, a tokenizer that does not match the token files, ids over the vocabulary, a corpus that
     is shorter than one sequence.
     """
-    data = run.data
-    if data.input:
-        built = ranks.on_first(lambda: _build(run))
-        train, validation = [(built.train_prefix, 1.0)], [built.validation_prefix]
-        tokenizer_dir = built.tokenizer_dir
-    elif data.train:
-        train = [(dataset.prefix, dataset.weight) for dataset in data.train]
-        validation = [dataset.prefix for dataset in data.validation]
-        tokenizer_dir = run.tokenizer.path
-    else:
+    if not run.data.input and not run.data.train:
         raise UserError(
             f"the run {run.name!r} names no data: give raw text with data.input=FILE_OR_FOLDER, or token files with "
             "data.train=PREFIX (made by tools/preprocess_data.py)"
         )
+    corpus = host.on_first(lambda: _build(run, say)) if run.data.input else None
+    # On every rank, since a node may not see the files.
+    return host.together(lambda: _open(run, corpus))
+
+
+def _open(run: RunConfig, corpus: PreparedCorpus | None) -> tuple[RunConfig, RunData]:
+    data = run.data
+    if corpus is not None:
+        train, validation = [(corpus.train_prefix, 1.0)], [corpus.validation_prefix]
+        tokenizer_dir = corpus.tokenizer_dir
+    else:
+        train, validation = [(dataset.prefix, dataset.weight) for dataset in data.train], data.validation
+        tokenizer_dir = run.tokenizer.path or _first(find_tokenizer, train)
     tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir else None
-    run = _with_vocabulary(run, tokenizer)
-    fingerprint = tokenizer.fingerprint if tokenizer else None
-    training = TrainingData(
-        train,
-        seq_length=run.seq_length,
-        seed=run.train.seed,
-        vocab_size=run.model.vocab_size,
-        split=None if validation else data.split,
-        tokenizer_fingerprint=fingerprint,
-    )
-    held_out = ValidationData(
-        validation or [prefix for prefix, _ in train],
-        seq_length=run.seq_length,
-        vocab_size=run.model.vocab_size,
-        split=None if validation else data.split,
-        tokenizer_fingerprint=fingerprint,
-    )
-    return run, RunData(training, held_out, tokenizer, tokenizer_dir and Path(tokenizer_dir))
+    run = _with_vocabulary(run, tokenizer, train)
+    common = {
+        "seq_length": run.seq_length,
+        "vocab_size": run.model.vocab_size,
+        "split": None if validation else data.split,
+        "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else None,
+    }
+    training = TrainingData(train, seed=run.train.seed, **common)
+    held_out = ValidationData(validation or [prefix for prefix, weight in train if weight], **common)
+    common_tokenizer([*training.parts, *held_out.parts])
+    prompt = None
+    if run.eval.sample_prompt:
+        if tokenizer is None:
+            raise UserError("eval.sample_prompt needs the tokenizer of the token files: tokenizer.path=DIR")
+        prompt = tokenizer.encode(run.eval.sample_prompt, "eval.sample_prompt")
+    return run, RunData(training, held_out, tokenizer, prompt)
 
 
-def _build(run: RunConfig) -> PreparedCorpus:
+def _build(run: RunConfig, say: Callable[[str], None]) -> PreparedCorpus:
     return prepare_corpus(
         run.data.input,
         run.data.build_dir,
@@ -73,25 +143,31 @@ def _build(run: RunConfig) -> PreparedCorpus:
         unknown=run.tokenizer.unknown,
         validation_fraction=run.data.validation_fraction,
         validation_unit=run.data.validation_unit,
-        report=lambda line: print(line, flush=True),
+        report=say,
     )
 
 
-def _with_vocabulary(run: RunConfig, tokenizer: Tokenizer | None) -> RunConfig:
-    """Fill in model.vocab_size from the tokenizer, or check that the tokenizer fits."""
-    vocab_size = run.model.vocab_size
-    if tokenizer is None and vocab_size is None:
+def _first(look: Callable[[str], T | None], train: list[tuple[str, float]]) -> T | None:
+    """What `look` finds at the first token file where it finds something."""
+    return next((found for prefix, _ in train if (found := look(prefix)) is not None), None)
+
+
+def _with_vocabulary(run: RunConfig, tokenizer: Tokenizer | None, train: list[tuple[str, float]]) -> RunConfig:
+    """Fill in model.vocab_size from the tokenizer or the token files, or check that the tokenizer fits."""
+    given = run.model.vocab_size
+    found = tokenizer.vocab_size if tokenizer is not None else _first(vocab_size_of, train)
+    if given is None and found is None:
         raise UserError(
-            "the vocabulary is not known: give the tokenizer that the token files were made with (tokenizer.path=DIR), "
+            f"the vocabulary of {train[0][0]} is not known: give its tokenizer (tokenizer.path=DIR), "
             "or model.vocab_size=N"
         )
-    if tokenizer is not None and vocab_size is not None and tokenizer.vocab_size > vocab_size:
+    if given is not None and found is not None and found > given:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens and model.vocab_size is {vocab_size}; "
-            f"set model.vocab_size={tokenizer.vocab_size} or more, or leave it out"
+            f"the tokenizer has {found} tokens and model.vocab_size is {given}; "
+            f"set model.vocab_size={found} or more, or leave it out"
         )
-    if vocab_size is None:
-        run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": tokenizer.vocab_size})})
+    if given is None:
+        run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": found})})
     return run
 
 
@@ -108,10 +184,13 @@ def total_steps(run: RunConfig, training: TrainingData) -> int:
 
 
 def identity(run: RunConfig, data: RunData) -> dict:
-    """What may not change when a run continues: flat names and JSON values."""
+    """What may not change when a run continues: flat names and JSON values. (The data checks itself: `load_state`.)
+
+    The global batch is among it: it sets how many samples a step is, and with them the schedule and the run's length.
+    """
     values = {f"model.{key}": value for key, value in run.model.model_dump(mode="json").items()}
     values["train.seed"] = run.train.seed
+    values["train.global_batch_size"] = run.train.global_batch_size
     values["data.seq_length"] = run.seq_length
     values["tokenizer"] = data.tokenizer.fingerprint if data.tokenizer else None
-    values["data"] = data.training.state()
     return values

@@ -1,9 +1,17 @@
 """What a person reads: the header, one line per logging interval, the summary table and the curves."""
 
 import math
+import os
 from pathlib import Path
 
+import torch
+from megaslm_kernels import BACKEND
+
+from megaslm.config import zero_stage
+from megaslm.model import count_parameters, flops_per_token
+from megaslm.training.device import device_name, memory_used
 from megaslm.training.metrics import read_metrics
+from megaslm.training.preparation import Plan
 
 
 def format_count(number: float) -> str:
@@ -38,6 +46,78 @@ def format_table(title: str, rows: list[tuple[str, str]]) -> str:
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)])
 
 
+def header(plan: Plan, compiled: str) -> str:
+    """What is about to happen, before it happens. `compiled`: how compilation went."""
+    run, model, layout, ranks, data = plan.run, plan.run.model, plan.layout, plan.ranks, plan.data
+    parameters = count_parameters(model)
+    tokens = plan.steps * run.tokens_per_step
+    flops = tokens * flops_per_token(model, run.seq_length)
+    attention = f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} key/value"
+    epochs = plan.steps * run.train.global_batch_size / data.training.samples_per_epoch
+    rows = [
+        ("parameters", f"{format_count(parameters)} ({parameters:,}), vocabulary {model.vocab_size:,}"),
+        ("model", f"{model.num_layers} layers, width {model.hidden_size}, {attention}, {model.feed_forward} "
+                  f"{model.ffn_hidden_size}, {model.norm}, {model.position}"),
+        ("tokens", f"{format_count(tokens)} in {plan.steps:,} steps of {run.tokens_per_step:,} "
+                   f"({tokens / parameters:.3g} per parameter, {epochs:.3g} epochs)"),
+        ("FLOPs", f"{flops:.3g} ({flops / parameters:.3g} per parameter)"),
+        ("data", f"{data.training.tokens_per_epoch:,} training tokens, "
+                 f"{data.validation.num_targets:,} validation targets"),
+        ("layout", f"{ranks.world_size} x {device_name(ranks.device)}, ZeRO {zero_stage(plan.engine_config)}, "
+                   f"micro-batch {layout.micro_batch_size} x {layout.accumulation_steps} accumulation "
+                   f"x {ranks.data_parallel_size} data parallel"),
+        ("backends", f"kernels {BACKEND}, {torch.distributed.get_backend()}, optimizer {run.optimizer.type}, "
+                     f"compile {compiled}, {ranks.num_threads} threads a rank"),
+        ("precision", plan.precision),
+        ("run folder", str(plan.options.run_dir)),
+        # The signal reaches all ranks through this one. A Ctrl-C goes to deepspeed too, which kills after 30 s.
+        ("to stop", f"kill -TERM {os.getpid()} saves and leaves; so does Ctrl-C"
+                    + (", within the 30 s that the deepspeed launcher grants" if ranks.launched else "")),
+    ]  # fmt: skip
+    if len(data.training.weights) > 1:
+        shares = ", ".join(f"{share:.4f}" for share in data.training.realised_weights)
+        rows.append(("blend", f"{shares} of the samples, in the order of data.train"))
+    rows += [("note", note) for note in _notes(plan)]
+    return format_table(f"{run.name}: {run.description}" if run.description else run.name, rows)
+
+
+def _notes(plan: Plan) -> list[str]:
+    """What has no or less effect than one may think."""
+    notes = []
+    warmup, micro = plan.run.schedule.warmup_steps, plan.run.train.micro_batch_size
+    if warmup >= plan.steps:
+        notes.append(f"the warmup of {warmup:,} steps is longer than the run: the learning rate never reaches its peak")
+    per_rank = plan.run.train.global_batch_size // plan.ranks.data_parallel_size
+    if plan.layout.micro_batch_size < min(micro, per_rank):
+        notes.append(
+            f"micro-batch {plan.layout.micro_batch_size} instead of {micro}: the largest that divides the "
+            f"{per_rank} sequences of a rank's share of the global batch"
+        )
+    return notes
+
+
+def finished(plan: Plan, step: int) -> str:
+    """The run has nothing left to do."""
+    return (
+        f"{plan.options.run_dir} is finished: step {step} of {plan.steps}; to go on, raise train.max_steps "
+        "(or max_tokens, max_epochs), or choose another --run_dir"
+    )
+
+
+def dry_run_table(plan: Plan, loss: float, grad_norm: float, seconds: float) -> str:
+    """What one step with the largest batch took."""
+    run = plan.run
+    memory = memory_used(plan.ranks.device)
+    rows = [
+        ("loss", f"{loss:.4f} (ln vocabulary: {math.log(run.model.vocab_size):.4f})"),
+        ("grad norm", f"{grad_norm:.3f}"),
+        ("memory", ", ".join(f"{key} {format_bytes(value)}" for key, value in memory.items())),
+        ("FLOPs", f"{run.tokens_per_step * flops_per_token(run.model, run.seq_length):.3g} a step"),
+        ("time", f"{seconds:.2f} s for the first step (with start-up costs)"),
+    ]
+    return format_table("dry run: one step, no run folder written", rows)
+
+
 def train_line(record: dict, total_steps: int, eta_seconds: float | None) -> str:
     """The terminal's line for one interval."""
     width = len(str(total_steps))
@@ -70,6 +150,34 @@ def eval_line(record: dict) -> str:
     )
 
 
+def summary_table(summary: dict) -> str:
+    """The run in a few lines."""
+    rows = [
+        ("steps", f"{summary['steps']:,} of {summary['total_steps']:,} ({summary['stopped_by']})"),
+        ("tokens", f"{summary['tokens']:,}"),
+        ("time", format_duration(summary["seconds"])),
+        ("memory", format_bytes(summary["memory_bytes"])),
+    ]
+    if summary["train_loss"] is not None:
+        rows += [
+            ("tokens/s", f"{summary['tokens_per_s']:,.0f} (median of the intervals)"),
+            ("training loss", f"{summary['train_loss']:.4f}"),
+        ]
+    if summary["validation_loss"] is not None:
+        gain = 100 * (1 - summary["validation_loss"] / summary["ln_vocabulary"])
+        bits = summary["bits_per_byte"]
+        rows += [
+            ("validation loss", f"{summary['validation_loss']:.4f} ({gain:.0f} % under ln(vocabulary) "
+                                f"{summary['ln_vocabulary']:.3f})"),
+            ("perplexity", f"{summary['perplexity']:,.2f}"),
+            *([("bits per byte", f"{bits:.4f}")] if bits is not None else []),
+            ("best", f"{summary['best_validation_loss']:.4f} at step {summary['best_step']}"),
+        ]  # fmt: skip
+    if summary["skipped_steps"]:
+        rows.append(("skipped steps", f"{summary['skipped_steps']} with a gradient that was not finite"))
+    return format_table("summary", rows)
+
+
 def write_curves(run_dir: Path) -> Path | None:
     """Draw loss, learning rate, gradient norm and tokens/s from metrics.jsonl into curves.png."""
     records = read_metrics(run_dir / "metrics.jsonl")
@@ -86,7 +194,7 @@ def write_curves(run_dir: Path) -> Path | None:
     steps = [r["step"] for r in train]
     panels = (("loss", "loss (nats)"), ("lr", "learning rate"), ("grad_norm", "gradient norm"))
     for axis, (key, label) in zip(axes.flat, (*panels, ("tokens_per_s", "tokens/s")), strict=True):
-        values = [r[key] if math.isfinite(r[key]) else math.nan for r in train]
+        values = [math.nan if r[key] is None else r[key] for r in train]
         axis.plot(steps, values, linewidth=1.2, label="train")
         if key == "loss" and evals:
             axis.plot([r["step"] for r in evals], [r["loss"] for r in evals], "o-", label="validation")

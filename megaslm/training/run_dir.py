@@ -1,5 +1,6 @@
 """The run's folder: it explains itself. config.json, engine.json, environment.json, metrics.jsonl, checkpoints/ ..."""
 
+import fcntl
 import json
 import os
 import platform
@@ -7,8 +8,12 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import IO
 
-from megaslm.config import RunConfig
+import torch
+from megaslm_kernels import BACKEND
+
+from megaslm.config import RunConfig, save_run_config
 from megaslm.errors import UserError
 from megaslm.parallel import Ranks
 from megaslm.training.device import device_name
@@ -45,7 +50,17 @@ def environment(ranks: Ranks, precision: str) -> dict:
         "ranks_on_this_machine": ranks.local_world_size,
         "threads_per_rank": ranks.num_threads,
         "precision": precision,
-        "kernels": "reference",
+        "kernels": BACKEND,
+        **(_cuda_versions() if ranks.device.type == "cuda" else {}),
+    }
+
+
+def _cuda_versions() -> dict:
+    return {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "gpus_on_this_machine": torch.cuda.device_count(),
     }
 
 
@@ -56,14 +71,48 @@ def write_json(path: Path, value: object) -> None:
     os.replace(temporary, path)
 
 
-def open_run_dir(run_dir: Path, run: RunConfig, engine_config: dict, facts: dict) -> None:
-    """Make the folder and write what is known before the first step. Raises UserError if it can't be written."""
+def lock_run_dir(run_dir: Path) -> IO:
+    """Take the folder for this process; the lock ends with the returned file or with the process.
+
+    Raises UserError while another run writes there: both would delete each other's half-written checkpoints.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(run_dir / "config.json", run.model_dump(mode="json"))
+        file = (run_dir / ".lock").open("a+")
+    except OSError as error:
+        raise _cannot_write(run_dir, error) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"{run_dir} is in use by another run ({file.read().strip()}); wait for its end, or choose another --run_dir"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    return file
+
+
+def open_run_dir(run_dir: Path, run: RunConfig, engine_config: dict, facts: dict, step: int) -> None:
+    """Write what is known before the next step; what an earlier process wrote is kept under before_step_N.
+
+    Raises UserError if the folder can't be written.
+    """
+    try:
+        if step and (run_dir / "environment.json").exists():
+            earlier = run_dir / f"before_step_{step:08d}"
+            earlier.mkdir(exist_ok=True)
+            for name in ("config.json", "engine.json", "environment.json"):
+                os.replace(run_dir / name, earlier / name)
+        save_run_config(run, run_dir / "config.json")
         write_json(run_dir / "engine.json", engine_config)
         write_json(run_dir / "environment.json", facts)
     except OSError as error:
-        raise UserError(
-            f"cannot write the run folder {run_dir}: {error.strerror}; choose another with --run_dir"
-        ) from error
+        raise _cannot_write(run_dir, error) from error
+
+
+def _cannot_write(run_dir: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write the run folder {run_dir}: {error.strerror}; choose another with --run_dir")

@@ -4,10 +4,12 @@ A signal may reach one rank only, so each step's flag is all-reduced. The reduct
 and is read after it: no rank waits.
 """
 
+import contextlib
 import os
 import signal
 import time
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -15,7 +17,21 @@ from megaslm.parallel import Ranks
 
 # Codes that travel between the ranks; a signal travels as its own number.
 RUNNING, TIME_LIMIT, LAUNCHER_GONE = 0, 1001, 1002
+LOOK_INTERVAL_SECONDS = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _launchers() -> list[int]:
+    """Process ids of the launcher that started this rank and, under deepspeed, of the front end above it.
+
+    A SIGTERM to the front end ends it alone and leaves its launcher and the ranks to nobody.
+    """
+    launcher = os.getppid()
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(launcher)
+        if any("deepspeed" in part and "launch" in part for part in process.cmdline()):
+            return [launcher, process.ppid()]
+    return [launcher]
 
 
 class StopRequest:
@@ -25,7 +41,9 @@ class StopRequest:
         self._ranks = ranks
         self._deadline = time.monotonic() + max_seconds if max_seconds else None
         self._reason = RUNNING
-        self._parent = os.getppid()
+        # Without a launcher the parent is a shell, whose end (a closed terminal under nohup) is no reason to stop.
+        self._ancestors = _launchers() if ranks.launched else []
+        self._looked = time.monotonic()
         self._pending = None
         self._previous_handlers = {}
 
@@ -48,14 +66,22 @@ class StopRequest:
             return
         self._reason = int(number)
         if self._ranks.is_first:
-            print(f"{signal.Signals(number).name}: saving after this step, then leaving", flush=True)
+            # Not print: the signal may have come in the middle of one.
+            with contextlib.suppress(OSError):
+                os.write(1, f"{signal.Signals(number).name}: saving after this step, then leaving\n".encode())
+
+    def _launcher_is_gone(self) -> bool:
+        if not self._ancestors or time.monotonic() - self._looked < LOOK_INTERVAL_SECONDS:
+            return False
+        self._looked = time.monotonic()
+        return self._ancestors != _launchers()[: len(self._ancestors)]
 
     def _look(self) -> int:
         if self._reason == RUNNING:
-            if os.getppid() != self._parent:
-                self._reason = LAUNCHER_GONE
-            elif self._deadline and time.monotonic() > self._deadline:
+            if self._deadline and time.monotonic() > self._deadline:
                 self._reason = TIME_LIMIT
+            elif self._launcher_is_gone():
+                self._reason = LAUNCHER_GONE
         return self._reason
 
     def agreed(self) -> str | None:

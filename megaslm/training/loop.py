@@ -1,0 +1,292 @@
+"""The training loop and what it does at its intervals: log, evaluate, save."""
+
+import gc
+import math
+import statistics
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from megaslm.checkpoint import Checkpoint, apply_retention, checkpoint_name, restore, save_checkpoint
+from megaslm.generation import sample_tokens
+from megaslm.model import count_parameters, flops_per_token
+from megaslm.parallel import host
+from megaslm.training import report
+from megaslm.training.batches import step_batches, to_device
+from megaslm.training.device import memory_used, peak_flops
+from megaslm.training.engine import TrainingEngine
+from megaslm.training.evaluation import Evaluation, evaluate
+from megaslm.training.metrics import MetricsLog, Stopwatch, read_metrics
+from megaslm.training.preparation import Plan, identity
+from megaslm.training.run_dir import environment, lock_run_dir, open_run_dir, write_json
+from megaslm.training.schedule import learning_rate
+from megaslm.training.stop import StopRequest
+
+
+@dataclass
+class Progress:
+    """Where a run stands. Everything here goes into the checkpoint; samples is the whole state of the data."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    seconds: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    interval_loss: float = 0.0
+    interval_targets: int = 0
+
+
+class Training:
+    """One process's part in a run: `go` from a checkpoint, or from the start, to the end or to a stop."""
+
+    def __init__(self, plan: Plan, engine: TrainingEngine):
+        self.plan = plan
+        self.run, self.data, self.ranks, self.say = plan.run, plan.data, plan.ranks, plan.say
+        self.engine = engine
+        self.run_dir = plan.options.run_dir
+        self.progress = Progress()
+        self.skipped_before = 0
+        self.saved_step = -1
+        self.last_evaluation: Evaluation | None = None
+        # Sums on the device, read at the logging interval alone.
+        self.interval_losses = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        self.watch = Stopwatch(self.ranks.device)
+        self.eta_steps, self.eta_seconds = 0, 0.0
+        self.log: MetricsLog | None = None
+
+    def go(self, checkpoint: Checkpoint | None) -> None:
+        """Continue from `checkpoint` or start, run to the end or to a stop, and report."""
+        if checkpoint is not None:
+            self.progress = Progress(**restore(checkpoint, self.engine.deepspeed)["progress"])
+            self.skipped_before = self.progress.skipped_steps
+            self.saved_step = self.progress.step
+            if self.ranks.is_first:
+                self.interval_losses.fill_(self.progress.interval_loss)
+            self.say(f"continuing from {checkpoint.path} at step {self.progress.step}")
+        self.first_step = self.progress.step + 1
+        host.on_first(self._open_run_dir)
+        self.started = time.perf_counter() - self.progress.seconds
+        self.watch.restart()
+        try:
+            with StopRequest(self.ranks, self.run.train.max_seconds) as stop:
+                reason = self._loop(stop)
+            self._finish(reason)
+        finally:
+            if self.log is not None:
+                self.log.close()
+
+    def _open_run_dir(self) -> None:
+        """On rank 0: take the folder, write what is known before the first step, open the metrics."""
+        self.lock = lock_run_dir(self.run_dir)
+        facts = environment(self.ranks, self.plan.precision)
+        open_run_dir(self.run_dir, self.run, self.plan.engine_config, facts, self.progress.step)
+        self.log = MetricsLog(self.run_dir, self.run, self.progress.step, self.say)
+
+    def _loop(self, stop: StopRequest) -> str | None:
+        """Step until the end; returns why it stopped before, or None."""
+        progress, run, plan = self.progress, self.run, self.plan
+        horizon = (run.schedule.horizon_steps or plan.steps) * run.train.global_batch_size
+        while progress.step < plan.steps:
+            lr = learning_rate(
+                progress.samples,
+                horizon=horizon,
+                batch=run.train.global_batch_size,
+                optimizer=run.optimizer,
+                schedule=run.schedule,
+            )
+            batches = step_batches(self.data.training, progress.samples, plan.layout, self.ranks)
+            self.interval_losses += self.engine.train_step(batches, lr)
+            progress.step += 1
+            progress.samples += run.train.global_batch_size
+            progress.tokens += run.tokens_per_step
+            progress.interval_targets += run.tokens_per_step
+            if progress.step == self.first_step:
+                # What exists now lives as long as the run: the collector need not walk it again (half-second stalls).
+                gc.collect()
+                gc.freeze()
+            reason, done = stop.agreed(), progress.step == plan.steps
+            if done or _due(progress.step, run.logging.interval):
+                # An interval that a stop cuts short is not logged: its sums go through the checkpoint to the next run.
+                self._log_interval(lr)
+            if done or (reason is None and _due(progress.step, run.eval.interval)):
+                self._evaluate()
+            if done or reason is not None or _due(progress.step, run.checkpoint.interval):
+                self._save()
+            if reason is not None and not done:
+                return reason
+        return None
+
+    def _log_interval(self, lr: float) -> None:
+        """One record and one line; the only place of the loop that waits for the device."""
+        progress, run = self.progress, self.run
+        loss_sum = float(self.ranks.sum(self.interval_losses))
+        seconds = self.watch.restart()
+        # Of an interval that an earlier process began, the time is that of this one's steps.
+        steps = min(progress.interval_targets // run.tokens_per_step, progress.step - self.first_step + 1)
+        tokens_per_s = steps * run.tokens_per_step / seconds
+        per_device = tokens_per_s / self.ranks.world_size / 1e12
+        flops = flops_per_token(run.model, run.seq_length)
+        peak = peak_flops(self.ranks.device)
+        progress.skipped_steps = self.skipped_before + self.engine.skipped_steps
+        record = {
+            "kind": "train",
+            "step": progress.step,
+            "samples": progress.samples,
+            "tokens": progress.tokens,
+            "loss": loss_sum / progress.interval_targets,
+            "grad_norm": self.engine.grad_norm,
+            "lr": lr,
+            "tokens_per_s": tokens_per_s,
+            "ms_per_step": 1e3 * seconds / steps,
+            "tflops": flops * per_device,
+            "tflops_causal": flops_per_token(run.model, run.seq_length, causal=True) * per_device,
+            "mfu": flops * per_device * 1e12 / peak if peak else None,
+            "skipped_steps": progress.skipped_steps,
+            "loss_scale": self.engine.loss_scale,
+            **memory_used(self.ranks.device),
+        }
+        if progress.step - steps >= self.first_step:
+            # Not the first interval: its first steps allocate, compile and fill caches.
+            self.eta_steps, self.eta_seconds = self.eta_steps + steps, self.eta_seconds + seconds
+        self.interval_losses.zero_()
+        progress.interval_loss, progress.interval_targets = 0.0, 0
+        if self.log is not None:
+            left = self.plan.steps - progress.step
+            eta = left * self.eta_seconds / self.eta_steps if self.eta_steps else None
+            self.log.write(record)
+            self.say(report.train_line(record, self.plan.steps, eta))
+
+    def _evaluate(self) -> None:
+        """Loss on the validation part, a sample of text, and a checkpoint where it is the best so far."""
+        progress = self.progress
+        with self.watch.paused():
+            result = evaluate(
+                self.engine,
+                self.data.validation,
+                self.data.tokenizer,
+                self.plan.layout.micro_batch_size,
+                self.ranks,
+                self.run.eval.max_sequences,
+            )
+            self.last_evaluation = result
+            record = {
+                "kind": "eval",
+                "step": progress.step,
+                "samples": progress.samples,
+                "tokens": progress.tokens,
+                "perplexity": result.perplexity,
+                **asdict(result),
+            }
+            if self.log is not None:
+                self.log.write(record)
+                self.say(report.eval_line(record))
+            if self.run.eval.sample_tokens and self.data.tokenizer is not None:
+                self._sample()
+        if math.isfinite(result.loss) and (progress.best_loss is None or result.loss < progress.best_loss):
+            progress.best_loss, progress.best_step = result.loss, progress.step
+            if self.run.checkpoint.keep_best:
+                self._save()
+
+    def _sample(self) -> None:
+        tokenizer, config = self.data.tokenizer, self.run.eval
+        prompt = self.data.sample_prompt
+        if prompt is None:
+            first = self.data.validation.batch(0, 1)[0][0, :1]
+            prompt = first if tokenizer.eod_id is None else np.array([tokenizer.eod_id])
+        # Eager: the growing length would compile a block anew for a text that nobody waits for.
+        with torch.compiler.set_stance("force_eager"):
+            generated = sample_tokens(
+                self.engine.model,
+                to_device(prompt, self.ranks.device),
+                config.sample_tokens,
+                temperature=config.sample_temperature,
+                top_k=config.sample_top_k,
+                seed=self.run.train.seed + self.progress.step,
+                stop_id=tokenizer.eod_id,
+            )
+        text = config.sample_prompt + tokenizer.decode(generated)
+        if self.log is not None:
+            self.log.write_text(self.progress.step, text)
+        self.say("sample:", *(f"    {line}" for line in text.splitlines()))
+
+    def _save(self) -> None:
+        """Write a checkpoint of this step, once, and drop the ones that are no longer kept."""
+        progress, directory = self.progress, self.run_dir / "checkpoints"
+        if self.saved_step == progress.step:
+            return
+        with self.watch.paused():
+            # Afterwards rank 0 carries the sum of all ranks, here as in a run that continues from this checkpoint.
+            progress.interval_loss = float(self.ranks.sum(self.interval_losses))
+            self.interval_losses.fill_(progress.interval_loss if self.ranks.is_first else 0.0)
+            progress.skipped_steps = self.skipped_before + self.engine.skipped_steps
+            progress.seconds = time.perf_counter() - self.started
+            state = {
+                "progress": asdict(progress),
+                "identity": identity(self.run, self.data),
+                "data": self.data.training.state(),
+            }
+            path = save_checkpoint(
+                directory,
+                self.engine.deepspeed,
+                step=progress.step,
+                run_config=self.run.model_dump(mode="json"),
+                global_state=state,
+            )
+            self.saved_step = progress.step
+            best = self.run.checkpoint.keep_best and progress.best_step is not None
+            apply_retention(
+                directory,
+                keep_last=self.run.checkpoint.keep_last,
+                best=checkpoint_name(progress.best_step) if best else None,
+            )
+            self.say(f"saved {path}")
+
+    def _finish(self, reason: str | None) -> None:
+        """Summary and curves, on rank 0."""
+        if self.log is None:
+            return
+        progress, last = self.progress, self.last_evaluation
+        train = [r for r in read_metrics(self.run_dir / "metrics.jsonl") if r["kind"] == "train"]
+        summary = {
+            "stopped_by": reason or "end of the run",
+            "steps": progress.step,
+            "total_steps": self.plan.steps,
+            "tokens": progress.tokens,
+            "seconds": time.perf_counter() - self.started,
+            "tokens_per_s": statistics.median(r["tokens_per_s"] for r in train) if train else None,
+            "train_loss": train[-1]["loss"] if train else None,
+            "validation_loss": last.loss if last and math.isfinite(last.loss) else None,
+            "perplexity": last.perplexity if last and math.isfinite(last.loss) else None,
+            "bits_per_byte": last.bits_per_byte if last and math.isfinite(last.loss) else None,
+            "best_validation_loss": progress.best_loss,
+            "best_step": progress.best_step,
+            "ln_vocabulary": math.log(self.run.model.vocab_size),
+            "skipped_steps": progress.skipped_steps,
+            "parameters": count_parameters(self.run.model),
+            **memory_used(self.ranks.device),
+        }
+        self.say(report.summary_table(summary))
+        try:
+            write_json(self.run_dir / "summary.json", summary)
+            if train:
+                self.say(f"curves: {report.write_curves(self.run_dir)}")
+        except OSError as error:
+            self.say(f"warning: summary and curves could not be written: {error}")
+        if reason is not None:
+            self.say(f"stopped by {reason} at step {progress.step} of {self.plan.steps}; the same command continues")
+
+
+def dry_run(plan: Plan, engine: TrainingEngine) -> str:
+    """One step with the largest batch; what it took."""
+    started = time.perf_counter()
+    losses = engine.train_step(step_batches(plan.data.training, 0, plan.layout, plan.ranks), plan.run.optimizer.lr)
+    loss = float(plan.ranks.sum(losses)) / plan.run.tokens_per_step
+    return report.dry_run_table(plan, loss, engine.grad_norm, time.perf_counter() - started)
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

@@ -1,0 +1,116 @@
+"""`train(run, ...)`: config -> data -> model -> engine -> loop, top to bottom."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from megaslm.checkpoint import Checkpoint, check_compatible, check_engine, latest_sound, list_checkpoints
+from megaslm.config import RunConfig, zero_stage
+from megaslm.errors import UserError
+from megaslm.model import build_model
+from megaslm.parallel import host, init_distributed
+from megaslm.training import report
+from megaslm.training.engine import DTYPES, TrainingEngine, compile_blocks, first_line
+from megaslm.training.loop import Training, dry_run
+from megaslm.training.preparation import Options, Plan, identity, make_plan
+
+LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "NCCL")
+
+
+def train(run: RunConfig, engine_file: dict, options: Options) -> None:
+    """Train `run` under the engine config `engine_file`, continuing what `options.run_dir` holds.
+
+    Every rank calls this. Raises UserError for what a user can mend.
+    """
+    joined_here = not torch.distributed.is_initialized()
+    ranks = init_distributed()
+    plan = make_plan(run, engine_file, options, ranks)
+    checkpoint = None if options.dry_run else find_checkpoint(plan)
+    if checkpoint is not None and checkpoint.step >= plan.steps:
+        plan.say(report.finished(plan, checkpoint.step))
+    else:
+        with understood_errors(plan):
+            engine, compiled = build_engine(plan)
+            plan.say(report.header(plan, compiled))
+            if options.dry_run:
+                plan.say(dry_run(plan, engine))
+            else:
+                Training(plan, engine).go(checkpoint)
+    # Only at a good end: after a failure the other ranks may be gone, and this would wait for them. A caller's group
+    # stays, since DeepSpeed cannot be set up again in a process whose first group is gone.
+    if joined_here:
+        host.set_group(None)
+        torch.distributed.destroy_process_group()
+
+
+def find_checkpoint(plan: Plan) -> Checkpoint | None:
+    """The newest sound checkpoint of the run folder, if it is one of this run; the data is set to go on from it."""
+    directory = plan.options.run_dir / "checkpoints"
+    if plan.options.resume == "never":
+        if host.on_first(lambda: bool(list_checkpoints(directory))):
+            raise UserError(
+                f"{plan.options.run_dir} already holds a run; leave out --resume never to continue it, "
+                "or choose another --run_dir"
+            )
+        return None
+    checkpoint = latest_sound(directory, report=plan.say)
+    if checkpoint is not None:
+        state = checkpoint.global_state
+        check_compatible(state["identity"], identity(plan.run, plan.data))
+        plan.data.training.load_state(state["data"], state["progress"]["samples"])
+    return checkpoint
+
+
+def build_engine(plan: Plan) -> tuple[TrainingEngine, str]:
+    """Model with its initial weights, compiled where asked for, inside the engine; and how compilation went."""
+    run, ranks = plan.run, plan.ranks
+    model = build_model(run.model, run.train.seed, ranks.device)
+    model.decoder.activation_checkpointing = run.train.activation_checkpointing
+    compiled = "off"
+    if run.train.compile:
+        failure = compile_blocks(model, plan.layout.micro_batch_size, run.seq_length, DTYPES[plan.precision])
+        failures = [reason for reason in host.gather(failure) if reason is not None]
+        if failures:
+            for block in model.decoder.blocks:
+                block._compiled_call_impl = None
+        compiled = f"fell back to eager: {failures[0]}" if failures else "every block"
+    engine = TrainingEngine(model, run, plan.engine_config, ranks)
+    check_engine(engine.deepspeed)
+    return engine, compiled
+
+
+@contextlib.contextmanager
+def understood_errors(plan: Plan) -> Iterator[None]:
+    """Say what to do about a full device and about a rank that is gone, instead of a traceback."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "ALLOC_FAILED" in text:
+            raise out_of_memory(plan, error) from error
+        if plan.ranks.world_size > 1 and any(sign in text for sign in LOST_RANK):
+            raise UserError(
+                f"rank {plan.ranks.rank} lost its connection to another rank, which has ended; that rank's own message "
+                f"says why. The same command continues from the last checkpoint. ({first_line(error)})",
+                on_one_rank=True,
+            ) from error
+        raise
+
+
+def out_of_memory(plan: Plan, error: Exception) -> UserError:
+    """What to lower, in the order that costs least."""
+    run, micro = plan.run, plan.layout.micro_batch_size
+    advice = []
+    if micro > 1:
+        advice.append(f"train.micro_batch_size={micro // 2} (the global batch stays the same)")
+    if not run.train.activation_checkpointing:
+        advice.append("train.activation_checkpointing=true")
+    if zero_stage(plan.engine_config) < 3:
+        advice.append("--ds_config ds_configs/zero3.json (or zero3_offload.json)")
+    advice.append(f"data.seq_length={run.seq_length // 2}")
+    return UserError(
+        f"rank {plan.ranks.rank} ran out of memory with micro-batch {micro} x {run.seq_length} tokens; "
+        f"lower: {'; '.join(advice)}. ({first_line(error)})",
+        on_one_rank=True,
+    )
