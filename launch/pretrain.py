@@ -62,6 +62,9 @@ def main() -> None:
         if is_first:
             print(to_json(run))
         return
+    # Read when torch is imported. By default torch's OpenMP threads spin for long while they wait, so that beside any
+    # other work a step takes several times as long; this is a compromise (docs/journal.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "6000")
     from megaslm.training import Options, train
 
     run_dir = arguments.run_dir or Path("runs") / run.name

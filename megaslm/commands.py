@@ -2,12 +2,16 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
 from megaslm.errors import USER_ERROR_EXIT_CODE, UserError
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
+
+# The launcher ends all ranks when the first is gone: a rank that has nothing to say lets the other one speak.
+SECONDS_FOR_THE_MESSAGE = 1.0
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
@@ -21,6 +25,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except UserError as error:
         if error.on_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(SECONDS_FOR_THE_MESSAGE)
         code = USER_ERROR_EXIT_CODE
         if error.on_one_rank:
             # The others wait in a collective: taking the process groups down in good order would wait for them.

@@ -356,7 +356,4 @@ class RunConfig(Section):
             raise ValueError(
                 "data.validation goes with data.train; from data.input, data.validation_fraction is held out"
             )
-        vocab, trained = self.model.vocab_size, self.tokenizer.vocab_size
-        if vocab and trained and not self.tokenizer.path and trained > vocab:
-            raise ValueError(f"tokenizer.vocab_size {trained} is larger than model.vocab_size {vocab}")
         return self

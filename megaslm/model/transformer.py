@@ -46,6 +46,11 @@ def build_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.hidden_size, config.norm_eps, bias=config.bias)
 
 
+def empty_embedding(rows: int, width: int) -> nn.Embedding:
+    """An embedding without its own initial draw, which on the meta device costs a second of imports."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 class RotaryTable(nn.Module):
     """cos and sin of position x frequency, [context, R/2], fp32 whatever the parameters' type.
 
@@ -155,9 +160,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.context_length = config.context_length
         self.activation_checkpointing = False
-        self.embedding = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+        self.embedding = empty_embedding(config.padded_vocab_size, config.hidden_size)
         learned = config.position == "learned"
-        self.position_embedding = nn.Embedding(config.context_length, config.hidden_size) if learned else None
+        self.position_embedding = empty_embedding(config.context_length, config.hidden_size) if learned else None
         self.rotary_table = None if learned else RotaryTable(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = build_norm(config)

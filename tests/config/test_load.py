@@ -168,7 +168,6 @@ def test_wrong_values_name_the_key_the_value_and_what_is_allowed(override, allow
         (["model.head_dim=null", "model.num_heads=6"], "hidden_size 256 does not divide into num_heads 6"),
         (["data.seq_length=4096"], "data.seq_length 4096 is longer than model.context_length 1024"),
         (["train.max_steps=null"], "one of train.max_steps, train.max_tokens and train.max_epochs"),
-        (["model.vocab_size=300"], "tokenizer.vocab_size 16000 is larger than model.vocab_size 300"),
         (["data.validation=v"], "data.validation goes with data.train"),
         (["schedule.horizon_steps=100"], "warmup_steps 2000 leaves no step of horizon_steps 100"),
         (["model.rope_scaling_factor=2"], "rope_scaling_factor has no effect"),

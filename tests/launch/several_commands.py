@@ -1,0 +1,60 @@
+"""One rank that runs launch/pretrain.py several times: starting Python and DeepSpeed takes longer than a tiny run.
+
+    deepspeed several_commands.py COMMANDS.json
+
+COMMANDS.json: [{"arguments": [...], "signal": [name, step, rank]}, ...]; the signal, if any, reaches that rank while it
+works on that step.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+from torch.distributed import destroy_process_group
+
+from megaslm.parallel import init_distributed
+from megaslm.training import report
+from megaslm.training.engine import TrainingEngine
+
+PRETRAIN = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
+
+
+def run(arguments: list[str], rank: int, send: tuple[str, int, int] | None) -> None:
+    name, at_step, to_rank = send or ("SIGTERM", -1, -1)
+    train_step, steps = TrainingEngine.train_step, 0
+
+    def train_step_and_signal(*batch):
+        nonlocal steps
+        steps += 1
+        if steps == at_step and rank == to_rank:
+            os.kill(os.getpid(), signal.Signals[name])
+        return train_step(*batch)
+
+    TrainingEngine.train_step = train_step_and_signal
+    sys.argv = [str(PRETRAIN), *arguments]
+    try:
+        runpy.run_path(str(PRETRAIN), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+    finally:
+        TrainingEngine.train_step = train_step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("commands", type=Path)
+    parser.add_argument("--local_rank", type=int)
+    report.write_curves = lambda run_dir: None  # takes longer than a tiny run
+    ranks = init_distributed()  # once: train() leaves a group alone that it finds
+    for command in json.loads(parser.parse_args().commands.read_text()):
+        run(command["arguments"], ranks.rank, command.get("signal"))
+    destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
