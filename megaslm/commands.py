@@ -1,5 +1,6 @@
 """What every command in tools/ and launch/ shares: how it ends."""
 
+import atexit
 import os
 import sys
 import time
@@ -14,12 +15,28 @@ INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 SECONDS_FOR_THE_MESSAGE = 1.0
 
 
+def mute_native_exit() -> None:
+    """At the very end of this process, let nothing write to stderr but Python's own exit handlers.
+
+    Every torch optimizer imports triton where it is installed, and triton 3.9's bindings then list the objects they
+    leaked, some sixty lines, while the interpreter is taken down. To be called before torch is imported: exit handlers
+    run in the opposite order.
+    """
+
+    def mute() -> None:
+        if "triton" in sys.modules:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+    atexit.register(mute)
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and leave with its return value as the exit code (None: 0).
 
     A UserError becomes one `error: ...` message on stderr and exit code 2, Ctrl-C exit code 130; any other exception is
     a fault of ours and keeps its traceback. Of several ranks with the same error one on each machine prints it.
     """
+    mute_native_exit()
     try:
         code = main() or 0
     except UserError as error:

@@ -13,9 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from megaslm.commands import mute_native_exit
+
 # Threads that wait must not spin: the machine may have few cores. Read once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+mute_native_exit()
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = ROOT / "launch" / "pretrain.py"
 SEVERAL_COMMANDS = ROOT / "tests" / "launch" / "several_commands.py"

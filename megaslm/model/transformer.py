@@ -67,7 +67,9 @@ class RotaryTable(nn.Module):
         self.fill()
 
     def fill(self) -> None:
-        """Compute the table, in fp64, where its memory is."""
+        """Compute the table, in fp64, once it has memory."""
+        if self.cos.is_meta:
+            return
         config = self.config
         rotated = 2 * self.cos.size(1)
         theta, positions = config.rope_theta, torch.arange(config.context_length, dtype=torch.float64)
@@ -77,9 +79,8 @@ class RotaryTable(nn.Module):
             theta = theta * config.rope_scaling_factor ** (rotated / max(rotated - 2, 1))
         frequencies = theta ** (-torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
         angles = torch.outer(positions, frequencies)
-        if not self.cos.is_meta:
-            self.cos.copy_(angles.cos())
-            self.sin.copy_(angles.sin())
+        self.cos.copy_(angles.cos())
+        self.sin.copy_(angles.sin())
 
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         return self.cos[:length], self.sin[:length]

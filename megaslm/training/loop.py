@@ -1,5 +1,6 @@
 """The training loop and what it does at its intervals: log, evaluate, save."""
 
+import contextlib
 import gc
 import math
 import statistics
@@ -197,8 +198,10 @@ class Training:
         if prompt is None:
             first = self.data.validation.batch(0, 1)[0][0, :1]
             prompt = first if tokenizer.eod_id is None else np.array([tokenizer.eod_id])
-        # Eager: the growing length would compile a block anew for a text that nobody waits for.
-        with torch.compiler.set_stance("force_eager"):
+        # Eager: the growing length would compile a block anew for a text that nobody waits for. (Without compile the
+        # compiler stays unimported: that saves a second, and triton's complaints at exit.)
+        eager = torch.compiler.set_stance("force_eager") if self.run.train.compile else contextlib.nullcontext()
+        with eager:
             generated = sample_tokens(
                 self.engine.model,
                 to_device(prompt, self.ranks.device),

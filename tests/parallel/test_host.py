@@ -35,10 +35,12 @@ def test_two_ranks_agree_on_the_failure_of_one(pretrain, tmp_path):
         "    return 'seen'\n"
         "try: host.together(work)\n"
         "except UserError as error: message = str(error)\n"
-        "print(host.rank(), message, host.on_first(lambda: 'from 0'), host.gather(host.rank()), flush=True)\n"
+        "heard = [host.rank(), message, host.on_first(lambda: 'from 0'), host.gather(host.rank())]\n"
+        f"open(r'{tmp_path}/' + str(host.rank()), 'w').write(repr(heard))\n"
         "dist.destroy_process_group()\n"
     )
     finished = pretrain(script=script, ranks=2, launcher="torchrun")
     assert finished.code == 0, finished.err
     for rank in (0, 1):
-        assert f"{rank} only rank 1 can not see the file from 0 [0, 1]" in finished.out
+        heard = [rank, "only rank 1 can not see the file", "from 0", [0, 1]]
+        assert (tmp_path / str(rank)).read_text() == repr(heard)
