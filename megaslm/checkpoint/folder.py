@@ -34,6 +34,7 @@ from megaslm.checkpoint.format import (
     write_safetensors,
 )
 from megaslm.errors import UserError
+from megaslm.files import sync_folder
 from megaslm.parallel import host
 
 logger = logging.getLogger(__name__)
@@ -264,12 +265,12 @@ def _write_files(hidden: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> t
 def _publish(hidden: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest and give the folder its name, every step of it on the disk before the next."""
     write_manifest(hidden, manifest)
-    _sync_folder(hidden)
+    sync_folder(hidden)
     old = final.parent / f".{final.name}.old"
     if final.exists():
         final.rename(old)
     hidden.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     if old.exists():
         shutil.rmtree(old)
 
@@ -282,16 +283,7 @@ def _undo_interrupted_replacements(directory: Path) -> None:
             shutil.rmtree(old)
         else:
             old.rename(final)
-            _sync_folder(directory)
-
-
-def _sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync_folder(directory)
 
 
 def _delete(path: Path) -> None:

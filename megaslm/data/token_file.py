@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from megaslm.errors import UserError
+from megaslm.files import sync_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -209,7 +210,7 @@ class TokenFileWriter:
                 os.fsync(file.fileno())
             for temp, target in zip(self._temps, self._targets, strict=True):
                 os.replace(temp, target)
-            _fsync_folder(self._targets[0].parent)
+            sync_folder(self._targets[0].parent)
         return manifest
 
     def _write_index(self, path: Path) -> str:
@@ -245,16 +246,6 @@ class TokenFileWriter:
         self._bin.close()
         for temp in self._temps:
             temp.unlink(missing_ok=True)  # nothing is left of them after finish
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Make renames in `folder` durable. (Windows cannot open folders, and needs no such thing.)"""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _refuse_foreign_json(path: Path) -> None:
