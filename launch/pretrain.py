@@ -18,6 +18,7 @@ from megaslm.config import (
     load_run_config,
     to_json,
 )
+from megaslm.errors import UserError
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,7 +26,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--preset", default="quickstart", help="name of a preset or path of a run config (quickstart)")
     parser.add_argument("--ds_config", type=Path, help="engine config (as ds_configs/zero1.json: ZeRO-1, bf16)")
     parser.add_argument("--run_dir", type=Path, help="folder of the run (runs/NAME)")
-    parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="continue what --run_dir holds")
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never", "weights"),
+        default="auto",
+        help="auto: continue what --run_dir holds; never: refuse a folder that holds a run; "
+        "weights: start a new run from the weights of --from",
+    )
+    parser.add_argument(
+        "--from", dest="weights_from", type=Path, metavar="PATH", help="checkpoint or run folder for --resume weights"
+    )
     parser.add_argument("--print_config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("--help_config", action="store_true", help="print the manual of all config fields and stop")
     parser.add_argument("--list_presets", action="store_true", help="print the presets and stop")
@@ -51,6 +61,11 @@ def print_presets() -> None:
 
 def main() -> None:
     arguments = parse_arguments()
+    if (arguments.resume == "weights") != (arguments.weights_from is not None):
+        raise UserError(
+            "--resume weights and --from CHECKPOINT_OR_RUN_FOLDER belong together: a new run, in a --run_dir of its "
+            "own, from the weights of another one"
+        )
     is_first = os.environ.get("RANK", "0") == "0"
     if arguments.help_config or arguments.list_presets:
         if is_first:
@@ -68,7 +83,7 @@ def main() -> None:
     from megaslm.training import Options, train
 
     run_dir = arguments.run_dir or Path("runs") / run.name
-    train(run, engine_config, Options(run_dir, arguments.resume, arguments.dry_run))
+    train(run, engine_config, Options(run_dir, arguments.resume, arguments.weights_from, arguments.dry_run))
 
 
 if __name__ == "__main__":

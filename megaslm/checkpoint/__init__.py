@@ -1,6 +1,9 @@
 """Checkpoints free of layout: save, verify, resume and retain. The format is described in format.py."""
 
+from megaslm.checkpoint.background import BackgroundSave
 from megaslm.checkpoint.folder import (
+    Retention,
+    SaveFailed,
     apply_retention,
     checkpoint_name,
     checkpoint_step,
@@ -8,12 +11,17 @@ from megaslm.checkpoint.folder import (
     list_checkpoints,
     write_checkpoint,
 )
-from megaslm.checkpoint.format import Checkpoint, DamagedCheckpoint, open_checkpoint
-from megaslm.checkpoint.save import check_compatible, check_engine, restore, save_checkpoint
+from megaslm.checkpoint.format import Checkpoint, DamagedCheckpoint, Piece, open_checkpoint
+from megaslm.checkpoint.save import Snapshot, check_compatible, check_engine, restore, save_checkpoint, take_snapshot
 
 __all__ = [
+    "BackgroundSave",
     "Checkpoint",
     "DamagedCheckpoint",
+    "Piece",
+    "Retention",
+    "SaveFailed",
+    "Snapshot",
     "apply_retention",
     "check_compatible",
     "check_engine",
@@ -24,5 +32,6 @@ __all__ = [
     "open_checkpoint",
     "restore",
     "save_checkpoint",
+    "take_snapshot",
     "write_checkpoint",
 ]

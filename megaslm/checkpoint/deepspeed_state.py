@@ -29,7 +29,8 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
-from megaslm.checkpoint.format import ADAM_MOMENTS, WEIGHTS
+from megaslm.checkpoint.folder import assign_writers
+from megaslm.checkpoint.format import ADAM_MOMENTS, WEIGHTS, Piece
 from megaslm.errors import UserError
 from megaslm.parallel import host
 
@@ -106,27 +107,37 @@ class EngineState:
             # Under ZeRO-3 the parameter itself is empty between its uses.
             self.shapes[name] = tuple(getattr(parameter, "ds_shape", parameter.shape))
 
-    def gather(self, kind: str, name: str, owner: int) -> Tensor | None:
-        """One whole tensor, bit for bit, on the rank `owner`. Collective.
+    def pieces(self, kind: str, *, copy: bool) -> dict[str, Piece]:
+        """What this rank writes of all weights, or of a moment: its shards, bit for bit. No word between the ranks.
 
         Args:
-            kind: "weights" for the fp32 master weight, else a moment's key in the optimizer's state.
-
-        Returns:
-            fp32 tensor of the parameter's shape in host memory on the owner, None on the others.
+            kind: "weights" for the fp32 master weights, else a moment's key in the optimizer's state.
+            copy: to host memory, so that training may go on; else the pieces are views of the engine's own tensors,
+                good until the next step.
         """
-        shard, shape = self._shards[name], self.shapes[name]
-        if self._replicated:
-            if host.rank() != owner:
-                return None
-            return self._values(shard, kind).to("cpu", torch.float32, copy=True).view(shape)
-        whole = torch.zeros(torch.Size(shape).numel(), dtype=torch.float32, device=self._device)
-        if shard is not None:
-            whole.narrow(0, shard.start, shard.numel).copy_(self._values(shard, kind))
-        if host.world_size() > 1:
-            # The ranks' parts do not overlap. Summed as integers every bit survives, that of -0.0 and NaN too.
-            dist.reduce(whole.view(torch.int32), dst=owner, op=dist.ReduceOp.SUM)
-        return whole.to("cpu").view(shape) if host.rank() == owner else None
+        if self._replicated:  # every rank has everything
+            writers = assign_writers({name: shard.numel for name, shard in self._local_shards()}, host.world_size())
+            mine = {name for name, writer in writers.items() if writer == host.rank()}
+        else:
+            mine = {name for name, _ in self._local_shards()}
+        copies: dict[int, Tensor] = {}
+        found = {}
+        for name, shard in self._local_shards():
+            if name not in mine:
+                continue
+            source = self._source(shard.flat, kind)
+            if source is None:
+                data = torch.zeros(shard.numel)
+            else:
+                if copy:
+                    if id(shard.flat) not in copies:
+                        copies[id(shard.flat)] = _start_host_copy(source)
+                    source = copies[id(shard.flat)]
+                data = source.view(-1).narrow(0, shard.offset, shard.numel)
+            found[name] = Piece(self.shapes[name], shard.start, data)
+        if copy and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return found
 
     def steps(self) -> dict[str, int]:
         """Adam's step count of every parameter, 0 before the first step. Collective."""
@@ -147,6 +158,21 @@ class EngineState:
             if kind != WEIGHTS:
                 self._create_state(shard.flat)
             self._values(shard, kind).copy_(read(name, shard.start, shard.start + shard.numel))
+
+    def weight_decay(self) -> dict[str, float]:
+        """Adam's weight decay of every parameter, as the engine applies it. Collective."""
+        rates = {}
+        outer = self._outer
+        for i, group in enumerate(self._adam.param_groups):
+            flats = group["params"]
+            if isinstance(outer, DeepSpeedZeroOptimizer_Stage3):  # which puts them in for the moment of the step
+                flats = [
+                    f for j, f in enumerate(outer.fp32_partitioned_groups_flat) if outer.sub_group_to_group_id[j] == i
+                ]
+            rates |= {id(flat): float(group["weight_decay"]) for flat in flats}
+        local = {name: rates[id(shard.flat)] for name, shard in self._local_shards()}
+        found = {name: rate for part in host.gather(local) for name, rate in part.items()}
+        return {name: found[name] for name in self._shards}
 
     def load_steps(self, steps: dict[str, int]) -> None:
         """Set Adam's step counts. Parameters that share a flat tensor share the count, which is their largest."""
@@ -202,11 +228,12 @@ class EngineState:
         return ((name, shard) for name, shard in self._shards.items() if shard is not None)
 
     def _values(self, shard: Shard, kind: str) -> Tensor:
-        """View (numel,) of the shard's master weights or moments; zeros for a moment that does not exist yet."""
-        source = shard.flat.data if kind == WEIGHTS else self._adam.state.get(shard.flat, {}).get(kind)
-        if source is None:
-            return torch.zeros(shard.numel, dtype=torch.float32)
-        return source.view(-1).narrow(0, shard.offset, shard.numel)
+        """View (numel,) of the shard's master weights, or of moments that exist."""
+        return self._source(shard.flat, kind).view(-1).narrow(0, shard.offset, shard.numel)
+
+    def _source(self, flat: Tensor, kind: str) -> Tensor | None:
+        """The master weights or moments that belong to a flat tensor; None for a moment that does not exist yet."""
+        return flat.data if kind == WEIGHTS else self._adam.state.get(flat, {}).get(kind)
 
     def _step(self, shard: Shard) -> int:
         state = self._adam.state.get(shard.flat, {})
@@ -256,6 +283,14 @@ class EngineState:
             groups, offsets = outer.round_robin_bit16_groups, outer.round_robin_bit16_offsets
             for group, starts, flat in zip(groups, offsets, outer.single_partition_of_fp32_groups, strict=True):
                 yield from _cut(group, starts, flat)
+
+
+def _start_host_copy(source: Tensor) -> Tensor:
+    """fp32 copy in host memory; from a GPU it is under way until the device is synchronized."""
+    # Pinned memory is copied to at the full rate of the bus. torch keeps what is freed for the next save.
+    pinned = source.is_cuda
+    copy = torch.empty(source.shape, dtype=torch.float32, pin_memory=pinned)
+    return copy.copy_(source, non_blocking=pinned)
 
 
 def _cut(group: list[Tensor], offsets: list[int], flat: Tensor) -> Iterator[tuple[Tensor, Shard | None]]:

@@ -5,29 +5,32 @@
         .step_00002000.tmp/     being written, or left by a killed run: nobody reads it, the next save clears it
         .step_00001000.old/     a checkpoint whose step is being saved again, for the moment between two renames
         .step_00000500.deleted/ on its way out
+        lm_current, lm_prev ... links to the newest, on request: names for people and scripts, which nothing here reads
 
 All ranks must see the same folder: on several nodes it lies on a shared file system.
 """
 
 import errno
 import logging
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 import megaslm
 from megaslm.checkpoint.format import (
-    MANIFEST,
     WEIGHTS,
     Checkpoint,
     DamagedCheckpoint,
-    find_damage,
+    Piece,
+    find_damages,
     open_checkpoint,
     read_manifest,
     write_manifest,
@@ -41,6 +44,41 @@ logger = logging.getLogger(__name__)
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MANIFEST_ROOM = 16 * 2**20  # bytes set apart for the manifest and the file system's own needs
+ROLLING_NAMES = ("lm_current", "lm_prev", "lm_prev2")
+
+
+class SaveFailed(UserError):
+    """A checkpoint could not be written: a full disk, a folder that is not writable. What was there is untouched."""
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay; the others are deleted after each save.
+
+    keep_last: the newest so many, at least 1.
+    keep_every: those whose step is a multiple of this, for good; 0: none.
+    keep_best: the one with the lowest validation loss.
+    rolling_names: give the newest three the names lm_current, lm_prev and lm_prev2.
+
+    Those written at the end of an epoch on request (marks.epoch) stay for good.
+    """
+
+    keep_last: int
+    keep_every: int = 0
+    keep_best: bool = False
+    rolling_names: bool = False
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint as retention sees it: by names, sizes and manifest alone."""
+
+    path: Path
+    step: int
+    written: str
+    validation_loss: float | None
+    epoch: int | None
+    sound: bool
 
 
 def checkpoint_name(step: int) -> str:
@@ -64,57 +102,60 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
     return sorted((path for path in found if checkpoint_step(path) is not None and path.is_dir()), key=checkpoint_step)
 
 
-def assign_writers(sizes: Mapping[tuple[str, str], int], world_size: int) -> dict[tuple[str, str], int]:
+def assign_writers(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
     """The rank that writes each tensor: the largest first, each to the rank with the least to write so far.
 
     Args:
-        sizes: bytes of every (kind, name).
+        sizes: number of elements, or bytes, by name.
     """
     load = [0] * world_size
     writers = {}
-    for key in sorted(sizes, key=lambda key: (-sizes[key], key)):
-        writers[key] = load.index(min(load))
-        load[writers[key]] += sizes[key]
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        writers[name] = load.index(min(load))
+        load[writers[name]] += sizes[name]
     return writers
 
 
 def write_checkpoint(
     directory: str | Path,
-    tensors: Mapping[str, Mapping[str, Tensor]],
+    pieces: Mapping[str, Mapping[str, Piece]],
     *,
     step: int,
     run_config: dict[str, Any],
     global_state: dict[str, Any],
     optimizer: dict[str, Any] | None,
+    marks: dict[str, Any] | None = None,
 ) -> Path:
-    """Write one checkpoint from host tensors, each given by exactly one rank. Collective.
+    """Write one checkpoint from what each rank has of its tensors. Collective.
 
     Nothing is visible until everything is on the disk. If any rank fails, all fail, what was written is removed, and
     the checkpoints that were there stay. A checkpoint of the same step is replaced.
 
     Args:
         directory: where checkpoints go; made if missing.
-        tensors: {kind: {name: fp32 host tensor}}, whole tensors, the part that is this rank's to write.
+        pieces: {kind: {name: piece}}, this rank's; those of all ranks make up every tensor, without an overlap.
         step: optimizer steps made.
-        run_config, global_state: plain JSON values, alike on all ranks.
+        run_config, global_state, marks: plain JSON values, alike on all ranks.
         optimizer: see format.py; None for weights alone.
 
     Returns:
         The folder DIRECTORY/step_XXXXXXXX.
 
     Raises:
-        UserError: disk full, no permission, ...: names the file and the newest checkpoint that is there.
+        SaveFailed: disk full, no permission, ...: names the file and the newest checkpoint that is there.
     """
     directory = Path(directory)
     hidden = directory / f".{checkpoint_name(step)}.tmp"
-    needed = sum(host.gather(sum(tensor.nbytes for part in tensors.values() for tensor in part.values())))
+    needed = sum(host.gather(sum(piece.nbytes for part in pieces.values() for piece in part.values())))
     _together(directory, step, needed, lambda: _on_rank_0(lambda: _prepare(hidden, needed)))
-    files, entries = _together(directory, step, needed, lambda: _write_files(hidden, tensors), cleanup=hidden)
+    files, entries = _together(directory, step, needed, lambda: _write_files(hidden, pieces), cleanup=hidden)
     manifest: dict[str, Any] = {
+        "written": datetime.now(UTC).isoformat(timespec="microseconds"),
         "step": step,
         "code": {"megaslm": megaslm.__version__, "torch": version("torch"), "deepspeed": version("deepspeed")},
         "run_config": run_config,
         "global_state": global_state,
+        "marks": {"validation_loss": None, "epoch": None, **(marks or {})},
         "optimizer": optimizer,
         "files": {},
         "tensors": {},
@@ -122,18 +163,34 @@ def write_checkpoint(
     for part_files, part_entries in host.gather((files, entries)):
         manifest["files"] |= part_files
         for kind, part in part_entries.items():
-            manifest["tensors"].setdefault(kind, {}).update(part)
-    assert WEIGHTS in manifest["tensors"], "a checkpoint holds weights at least"
+            tensors = manifest["tensors"].setdefault(kind, {})
+            for name, (shape, piece) in part.items():
+                tensors.setdefault(name, {"shape": shape, "pieces": []})["pieces"].append(piece)
+    _check_pieces(manifest["tensors"])
     final = directory / checkpoint_name(step)
     _together(directory, step, needed, lambda: _on_rank_0(lambda: _publish(hidden, final, manifest)), cleanup=hidden)
     return final
 
 
-def latest_sound(directory: str | Path, report: Callable[[str], None]) -> Checkpoint | None:
+def _check_pieces(tensors: dict[str, dict[str, Any]]) -> None:
+    """Our own invariant, looked at before a checkpoint gets its name: all tensors, without a gap or an overlap."""
+    assert WEIGHTS in tensors, "a checkpoint holds weights at least"
+    for kind, part in tensors.items():
+        assert part.keys() == tensors[WEIGHTS].keys(), f"{kind} of some parameters is missing"
+        for name, entry in part.items():
+            pieces = sorted(entry["pieces"], key=lambda piece: piece["start"])
+            ends = [0, *(piece["start"] + piece["numel"] for piece in pieces)]
+            assert [piece["start"] for piece in pieces] == ends[:-1], f"{kind} of {name} has gaps"
+            assert ends[-1] == math.prod(entry["shape"]), f"{kind} of {name} is not whole"
+
+
+def latest_sound(directory: str | Path, report: Callable[[str], None], repair: bool = True) -> Checkpoint | None:
     """The newest checkpoint in `directory` whose every byte is what was written. Collective.
 
     Args:
         report: called on rank 0 with one line for every newer one that is damaged, the file at fault named.
+        repair: give a checkpoint its name back whose replacement was interrupted; not in the folder of another run,
+            which may be writing there.
 
     Returns:
         None if there are no checkpoints.
@@ -142,9 +199,10 @@ def latest_sound(directory: str | Path, report: Callable[[str], None]) -> Checkp
         UserError: there are checkpoints, but none is sound; or one has a newer format version.
     """
     directory = Path(directory)
-    _, failures = host.try_together(lambda: _on_rank_0(lambda: _undo_interrupted_replacements(directory)))
-    if failures:
-        raise UserError(f"can't put {directory} in order: {failures[0][1]}")
+    if repair:
+        _, failures = host.try_together(lambda: _on_rank_0(lambda: _undo_interrupted_replacements(directory)))
+        if failures:
+            raise UserError(f"can't put {directory} in order: {failures[0][1]}")
     # One rank's listing for all: on a network file system they may differ for a while.
     paths = host.broadcast([path for path in list_checkpoints(directory)])
     damage = []
@@ -163,35 +221,84 @@ def latest_sound(directory: str | Path, report: Callable[[str], None]) -> Checkp
     return None
 
 
-def apply_retention(directory: str | Path, keep_last: int, best: str | None = None) -> list[Path]:
-    """Delete all checkpoints but the newest `keep_last` and the best one. Collective; rank 0 deletes.
+def look_at(path: Path) -> Found:
+    """What retention needs to know of a checkpoint; a manifest that can't be read makes it an unsound one. Local."""
+    try:
+        manifest = read_manifest(path)
+    except UserError:
+        return Found(path, checkpoint_step(path), "", None, None, False)
+    sound = not find_damages(path, manifest, list(manifest["files"]), read=False)
+    marks = manifest["marks"]
+    return Found(path, manifest["step"], manifest["written"], marks["validation_loss"], marks["epoch"], sound)
+
+
+def choose_kept(found: list[Found], policy: Retention) -> dict[Path, list[str]]:
+    """The checkpoints that stay, each with the reasons: "last", "every", "epoch", "best", "the only sound one".
 
     Newest is what was written last, not the highest step: after a fall back to an older checkpoint the damaged newer
-    one must not push out those that the run writes now. At least one that looks sound (manifest and sizes) is kept.
-    What can't be deleted is logged and left: no reason to end a run.
+    one must not push out those that the run writes now. At least one that looks sound is kept.
+    """
+    assert policy.keep_last >= 1, "a run keeps its last checkpoint"
+    newest = sorted(found, key=lambda one: (one.written, one.step), reverse=True)
+    kept: dict[Path, list[str]] = {one.path: ["last"] for one in newest[: policy.keep_last]}
+    for one in found:
+        if policy.keep_every and one.step % policy.keep_every == 0:
+            kept.setdefault(one.path, []).append("every")
+        if one.epoch is not None:
+            kept.setdefault(one.path, []).append("epoch")
+    sound = [one for one in newest if one.sound]
+    evaluated = [one for one in sound if one.validation_loss is not None]
+    if policy.keep_best and evaluated:
+        # From what is there, not from the run's record of its best: that save may have failed.
+        best = min(evaluated, key=lambda one: (one.validation_loss, one.step))
+        kept.setdefault(best.path, []).append("best")
+    if sound and not any(one.path in kept for one in sound):
+        kept[sound[0].path] = ["the only sound one"]
+    return kept
 
-    Args:
-        keep_last: at least 1.
-        best: name of the best checkpoint's folder ("step_00001000").
+
+def apply_retention(directory: str | Path, policy: Retention) -> list[Path]:
+    """Delete the checkpoints that the policy does not keep, and set the rolling names. Collective; rank 0 does it.
+
+    What can't be deleted or named is logged and left: no reason to end a run.
 
     Returns:
         The folders deleted.
     """
-    assert keep_last >= 1, "a run keeps its last checkpoint"
     deleted = []
     if host.rank() == 0:
-        paths = sorted(list_checkpoints(directory), key=_time_written, reverse=True)
-        keep = set(paths[:keep_last]) | {path for path in paths if path.name == best}
-        if not any(_looks_sound(path) for path in keep):
-            keep |= set([path for path in paths if _looks_sound(path)][:1])
-        for path in paths:
-            if path not in keep:
+        directory = Path(directory)
+        found = [look_at(path) for path in list_checkpoints(directory)]
+        kept = choose_kept(found, policy)
+        for one in found:
+            if one.path not in kept:
                 try:
-                    _delete(path)
-                    deleted.append(path)
+                    _delete(one.path)
+                    deleted.append(one.path)
                 except OSError as error:
-                    logger.warning("can't delete the old checkpoint %s: %s", path, error)
+                    logger.warning("can't delete the old checkpoint %s: %s", one.path, error)
+        newest = sorted((one for one in found if one.path in kept), key=lambda one: (one.written, one.step))
+        _set_rolling_names(directory, [one.path.name for one in reversed(newest)] if policy.rolling_names else [])
     return host.broadcast(deleted)
+
+
+def _set_rolling_names(directory: Path, newest: list[str]) -> None:
+    """Point lm_current, lm_prev and lm_prev2 to the folders named, the newest first; take away what is left over.
+
+    Each link is replaced in one move: a reader finds the old one or the new one.
+    """
+    for i, name in enumerate(ROLLING_NAMES):
+        link = directory / name
+        try:
+            if i < len(newest):
+                temporary = directory / f".{name}.tmp"
+                temporary.unlink(missing_ok=True)
+                temporary.symlink_to(newest[i], target_is_directory=True)
+                os.replace(temporary, link)
+            elif link.is_symlink():
+                link.unlink()
+        except OSError as error:
+            logger.warning("can't set the name %s: %s", link, error)
 
 
 def _on_rank_0(work: Callable[[], None]) -> None:
@@ -217,12 +324,14 @@ def _together(directory: Path, step: int, needed: int, work: Callable[[], Any], 
     sound = list_checkpoints(directory)
     last = f"the last sound checkpoint is {sound[-1].name}" if sound else "there is no earlier checkpoint"
     if error.errno in NO_ROOM:
-        advice = f"free {_gigabytes(needed + MANIFEST_ROOM)} and run the same command again"
+        advice = f"free {_gigabytes(needed + MANIFEST_ROOM)}"
     elif error.errno == errno.ENOENT and rank > 0:
         advice = "this folder must be the same one on all nodes (a shared file system)"
     else:
-        advice = "make the folder writable and run the same command again"
-    raise UserError(f"could not save the checkpoint of step {step} in {directory}: {what}; {last}; {advice}") from error
+        advice = "make the folder writable"
+    raise SaveFailed(
+        f"could not save the checkpoint of step {step} in {directory}: {what}; {last}; {advice}"
+    ) from error
 
 
 def _gigabytes(size: int) -> str:
@@ -242,24 +351,32 @@ def _prepare(hidden: Path, needed: int) -> None:
     hidden.mkdir()
 
 
-def _write_files(hidden: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> tuple[dict, dict]:
-    """Write this rank's files. Returns their entries in the manifest: files, and tensors by kind."""
-    files: dict[str, Any] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    for kind, part in tensors.items():
-        if not part:
-            continue
-        file = f"{kind}_{host.rank():05d}.safetensors"
-        files[file] = write_safetensors(hidden / file, dict(part))
-        entries[kind] = {
-            name: {
-                "shape": list(tensor.shape),
-                "dtype": "float32",
-                "slices": [{"file": file, "key": name, "offset": [0] * tensor.dim()}],
-            }
-            for name, tensor in part.items()
+def _write_files(hidden: Path, pieces: Mapping[str, Mapping[str, Piece]]) -> tuple[dict, dict]:
+    """Write this rank's files, side by side: a thread each hashes and writes, both outside of the interpreter's lock.
+
+    Returns:
+        Their entries in the manifest: {file: ...}, and {kind: {name: (shape, piece)}}.
+    """
+
+    def write(kind: str) -> dict[str, Any]:
+        # A whole tensor keeps its shape: the files are then plain safetensors for everyone else.
+        tensors = {
+            name: piece.data.reshape(piece.shape) if piece.data.numel() == math.prod(piece.shape) else piece.data
+            for name, piece in pieces[kind].items()
         }
-    return files, entries
+        return write_safetensors(hidden / files[kind], tensors)
+
+    files = {kind: f"{kind}_{host.rank():05d}.safetensors" for kind, part in pieces.items() if part}
+    with ThreadPoolExecutor(max_workers=max(len(files), 1)) as threads:
+        written = dict(zip(files.values(), threads.map(write, files), strict=True))
+    entries = {
+        kind: {
+            name: (list(piece.shape), {"file": file, "start": piece.start, "numel": piece.data.numel()})
+            for name, piece in pieces[kind].items()
+        }
+        for kind, file in files.items()
+    }
+    return written, entries
 
 
 def _publish(hidden: Path, final: Path, manifest: dict[str, Any]) -> None:
@@ -291,19 +408,3 @@ def _delete(path: Path) -> None:
     doomed = path.parent / f".{path.name}.deleted"
     path.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def _time_written(path: Path) -> tuple[int, int]:
-    """Sort key: when the manifest was written; by step where that is equal or unknown."""
-    try:
-        return (path / MANIFEST).stat().st_mtime_ns, checkpoint_step(path)
-    except OSError:
-        return 0, checkpoint_step(path)
-
-
-def _looks_sound(path: Path) -> bool:
-    try:
-        files: Iterable = read_manifest(path)["files"].items()
-    except UserError:
-        return False
-    return not any(find_damage(path, name, expected, read=False) for name, expected in files)

@@ -1,13 +1,12 @@
 """Save a DeepSpeed engine to a checkpoint, and continue a checkpoint in an engine, whatever the layout of either."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megaslm.checkpoint.folder import assign_writers, write_checkpoint
-from megaslm.checkpoint.format import ADAM_MOMENTS, WEIGHTS, Checkpoint
+from megaslm.checkpoint.folder import write_checkpoint
+from megaslm.checkpoint.format import ADAM_MOMENTS, WEIGHTS, Checkpoint, Piece
 from megaslm.errors import UserError
 from megaslm.parallel import host
 
@@ -30,56 +29,88 @@ def _engine_state(engine):
     return EngineState(engine)
 
 
-def save_checkpoint(
+@dataclass(frozen=True)
+class Snapshot:
+    """One rank's part of a checkpoint, as taken at a step; `write` puts it on the disk."""
+
+    directory: Path
+    pieces: dict[str, dict[str, Piece]]
+    manifest: dict[str, Any]
+
+    def write(self) -> Path:
+        """Write the checkpoint DIRECTORY/step_XXXXXXXX with the snapshots of the other ranks. Collective.
+
+        Raises:
+            SaveFailed: the disk is full or not writable. Nothing that was there is lost, and no half-written checkpoint
+                is to be seen.
+        """
+        return write_checkpoint(self.directory, self.pieces, **self.manifest)
+
+
+def take_snapshot(
     directory: str | Path,
     engine,
     *,
     step: int,
     run_config: dict[str, Any],
     global_state: dict[str, Any],
+    marks: dict[str, Any] | None = None,
     weights_only: bool = False,
-) -> Path:
-    """Save the engine's state as DIRECTORY/step_XXXXXXXX. Collective.
+    copy: bool = True,
+) -> Snapshot:
+    """Take the engine's state as it is now. Collective.
 
-    To be called between optimizer steps, with no gradients accumulated: those are not saved. Each rank holds and
-    writes its share of the tensors; on the device there is one whole tensor at a time beside the engine's own.
+    To be called between optimizer steps, with no gradients accumulated: those are not saved. Each rank takes what it
+    holds, its share of the state; no tensors travel between the ranks.
 
     Args:
-        directory: where the run's checkpoints go; made if missing.
+        directory: where the run's checkpoints go.
         engine: what `deepspeed.initialize` returned.
         step: optimizer steps made.
         run_config: the resolved run config, plain JSON values.
         global_state: the training loop's own state (samples consumed, ...), plain JSON values, alike on all ranks.
+        marks: what retention goes by, see format.py.
         weights_only: leave out the optimizer's state.
-
-    Returns:
-        The checkpoint's folder, complete and on the disk.
+        copy: to host memory (12 bytes a parameter, over all ranks together), so that training may go on while it is
+            written. Without, it must be written before the next step.
 
     Raises:
-        UserError: the disk is full or not writable, or the engine is of a kind that is not supported. Nothing that was
-            there is lost, and no half-written checkpoint is to be seen.
+        UserError: the engine is of a kind that is not supported.
     """
-    json.dumps([run_config, global_state])  # a TypeError here, before anything is written
+    # A copy, which the run can't change while it is written; and a TypeError here, before anything is.
+    run_config, global_state, marks = json.loads(json.dumps([run_config, global_state, marks]))
     state = _engine_state(engine)
     kinds = (WEIGHTS,) if weights_only else (WEIGHTS, *ADAM_MOMENTS)
-    sizes = {(kind, name): 4 * torch.Size(shape).numel() for kind in kinds for name, shape in state.shapes.items()}
-    writers = assign_writers(sizes, host.world_size())
-    tensors: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in kinds}
-    for (kind, name), writer in writers.items():
-        tensor = state.gather(kind, name, writer)
-        if tensor is not None:
-            tensors[kind][name] = tensor
     optimizer = None
     if not weights_only:
         optimizer = {
             "type": "adam",
             "moments": list(ADAM_MOMENTS),
             "steps": state.steps(),
+            "weight_decay": state.weight_decay(),
             "loss_scaler": state.loss_scaler(),
         }
-    return write_checkpoint(
-        directory, tensors, step=step, run_config=run_config, global_state=global_state, optimizer=optimizer
-    )
+    manifest = {
+        "step": step,
+        "run_config": run_config,
+        "global_state": global_state,
+        "marks": marks,
+        "optimizer": optimizer,
+    }
+    return Snapshot(Path(directory), {kind: state.pieces(kind, copy=copy) for kind in kinds}, manifest)
+
+
+def save_checkpoint(directory: str | Path, engine, **options: Any) -> Path:
+    """Save the engine's state at once as DIRECTORY/step_XXXXXXXX. Collective; arguments as of `take_snapshot`.
+
+    Returns:
+        The checkpoint's folder, complete and on the disk.
+
+    Raises:
+        UserError: the engine is of a kind that is not supported.
+        SaveFailed: see `Snapshot.write`.
+    """
+    return take_snapshot(directory, engine, **options, copy=False).write()
 
 
 def restore(checkpoint: Checkpoint, engine, *, weights_only: bool = False) -> dict[str, Any]:

@@ -287,10 +287,32 @@ class CheckpointConfig(Section):
 
     interval: int = Field(1000, ge=0)
     """Steps between saves; 0: only at the end."""
+    every_epoch: bool = False
+    """Also save at the end of each epoch of the training data, and keep these for good."""
+    background: bool = True
+    """Write while training goes on: a step waits only for a copy to host memory (12 bytes a parameter)."""
     keep_last: int = Field(5, ge=1)
     """Newest checkpoints to keep."""
+    keep_every: int = Field(0, ge=0)
+    """Keep for good what is saved at multiples of this many steps; a multiple of the interval; 0: nothing."""
     keep_best: bool = True
-    """Also keep the checkpoint with the lowest validation loss."""
+    """Also save and keep the checkpoint with the lowest validation loss."""
+    rolling_names: bool = False
+    """Let the links lm_current, lm_prev and lm_prev2 in the checkpoint folder point to the newest three."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CheckpointConfig":
+        if self.keep_every and (not self.interval or self.keep_every % self.interval):
+            raise ValueError(
+                f"checkpoint.keep_every={self.keep_every} is not a multiple of checkpoint.interval={self.interval}: "
+                "no save would fall on it, or not on each; change one of them"
+            )
+        if self.rolling_names and self.keep_last < 3:
+            raise ValueError(
+                f"checkpoint.rolling_names names the newest three checkpoints and keep_last={self.keep_last} "
+                "keeps fewer; set it to 3 or more"
+            )
+        return self
 
 
 class LoggingConfig(Section):

@@ -8,7 +8,6 @@ import os
 import socket
 import warnings
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,6 @@ import torch.distributed as dist
 from megaslm.errors import UserError
 from megaslm.parallel import host
 
-HOST_GROUP_TIMEOUT = timedelta(days=1)
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -97,7 +95,7 @@ def init_distributed() -> Ranks:
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False, rank=rank, world_size=world_size
     )
-    host_group = dist.new_group(backend="gloo", timeout=HOST_GROUP_TIMEOUT)
+    host_group = host.new_group()
     host.set_group(host_group)
     return Ranks(rank, world_size, local_rank, local_world_size, device, num_threads, host_group, launched)
 

@@ -3,9 +3,15 @@
 That group waits for long: rank 0 may be tokenizing a corpus or hashing a large checkpoint, which NCCL's watchdog would
 take for a hang. A lost rank is noticed at once, by its closed socket. Without a process group every function is that of
 one rank.
+
+A thread that talks to the other ranks while the main thread does needs a group of its own (`new_group`, `using`):
+messages of one group arrive in the order in which they were sent, and two threads have none.
 """
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -13,13 +19,34 @@ import torch.distributed as dist
 from megaslm.errors import UserError
 
 Result = TypeVar("Result")
+TIMEOUT = timedelta(days=1)
 _group: dist.ProcessGroup | None = None
+_of_thread = threading.local()
 
 
 def set_group(group: dist.ProcessGroup | None) -> None:
     """Send the messages over `group`; None: over the default group."""
     global _group
     _group = group
+
+
+def new_group() -> dist.ProcessGroup | None:
+    """A gloo group of all ranks that waits for long; None without a process group. Collective."""
+    return dist.new_group(backend="gloo", timeout=TIMEOUT) if dist.is_available() and dist.is_initialized() else None
+
+
+@contextlib.contextmanager
+def using(group: dist.ProcessGroup | None) -> Iterator[None]:
+    """In this thread alone, send the messages over `group`."""
+    _of_thread.group = group
+    try:
+        yield
+    finally:
+        del _of_thread.group
+
+
+def _current() -> dist.ProcessGroup | None:
+    return getattr(_of_thread, "group", _group)
 
 
 def _grouped() -> bool:
@@ -41,7 +68,7 @@ def gather(value: Any) -> list[Any]:
     if not _grouped():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_group)
+    dist.all_gather_object(values, value, group=_current())
     return values
 
 
@@ -50,7 +77,7 @@ def broadcast(value: Any) -> Any:
     if not _grouped():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=_group)
+    dist.broadcast_object_list(box, src=0, group=_current())
     return box[0]
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from megaslm.checkpoint import Checkpoint, apply_retention, checkpoint_name, restore, save_checkpoint
+from megaslm.checkpoint import Checkpoint, Snapshot, restore, take_snapshot
 from megaslm.generation import sample_tokens
 from megaslm.model import count_parameters, flops_per_token
 from megaslm.parallel import host
@@ -22,7 +22,9 @@ from megaslm.training.evaluation import Evaluation, evaluate
 from megaslm.training.metrics import MetricsLog, Stopwatch, read_metrics
 from megaslm.training.preparation import Plan, identity
 from megaslm.training.run_dir import environment, lock_run_dir, open_run_dir, write_json
+from megaslm.training.saving import Saving
 from megaslm.training.schedule import learning_rate
+from megaslm.training.start import InitialWeights
 from megaslm.training.stop import StopRequest
 
 
@@ -39,6 +41,7 @@ class Progress:
     best_step: int | None = None
     interval_loss: float = 0.0
     interval_targets: int = 0
+    weights_from: dict | None = None  # of --resume weights: where the initial weights came from
 
 
 class Training:
@@ -51,31 +54,38 @@ class Training:
         self.run_dir = plan.options.run_dir
         self.progress = Progress()
         self.skipped_before = 0
-        self.saved_step = -1
         self.last_evaluation: Evaluation | None = None
+        self.evaluated_step: int | None = None
         # Sums on the device, read at the logging interval alone.
         self.interval_losses = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
         self.watch = Stopwatch(self.ranks.device)
         self.eta_steps, self.eta_seconds = 0, 0.0
         self.log: MetricsLog | None = None
 
-    def go(self, checkpoint: Checkpoint | None) -> None:
-        """Continue from `checkpoint` or start, run to the end or to a stop, and report."""
+    def go(self, checkpoint: Checkpoint | None, weights: InitialWeights | None = None) -> None:
+        """Continue from `checkpoint`, or start (from `weights`, if given), run to the end or to a stop, and report."""
         if checkpoint is not None:
             self.progress = Progress(**restore(checkpoint, self.engine.deepspeed)["progress"])
             self.skipped_before = self.progress.skipped_steps
-            self.saved_step = self.progress.step
             if self.ranks.is_first:
                 self.interval_losses.fill_(self.progress.interval_loss)
             self.say(f"continuing from {checkpoint.path} at step {self.progress.step}")
+        elif weights is not None:
+            restore(weights.checkpoint, self.engine.deepspeed, weights_only=True)
+            self.progress.weights_from = weights.origin
+            self.say(f"a new run from the weights of {weights.checkpoint.path}{weights.differences}")
         self.first_step = self.progress.step + 1
         host.on_first(self._open_run_dir)
+        self.saving = Saving(self.run.checkpoint, self.say, checkpoint.step if checkpoint is not None else None)
         self.started = time.perf_counter() - self.progress.seconds
         self.watch.restart()
         try:
             with StopRequest(self.ranks, self.run.train.max_seconds) as stop:
                 reason = self._loop(stop)
             self._finish(reason)
+        except Exception:
+            self.saving.finish_running()
+            raise
         finally:
             if self.log is not None:
                 self.log.close()
@@ -115,8 +125,9 @@ class Training:
                 self._log_interval(lr)
             if done or (reason is None and _due(progress.step, run.eval.interval)):
                 self._evaluate()
-            if done or reason is not None or _due(progress.step, run.checkpoint.interval):
-                self._save()
+            last = done or reason is not None
+            if last or _due(progress.step, run.checkpoint.interval) or self._ended_epoch() is not None:
+                self._save(last)
             if reason is not None and not done:
                 return reason
         return None
@@ -173,7 +184,7 @@ class Training:
                 self.ranks,
                 self.run.eval.max_sequences,
             )
-            self.last_evaluation = result
+            self.last_evaluation, self.evaluated_step = result, progress.step
             record = {
                 "kind": "eval",
                 "step": progress.step,
@@ -189,7 +200,7 @@ class Training:
                 self._sample()
         if math.isfinite(result.loss) and (progress.best_loss is None or result.loss < progress.best_loss):
             progress.best_loss, progress.best_step = result.loss, progress.step
-            if self.run.checkpoint.keep_best:
+            if self.run.checkpoint.keep_best and progress.step < self.plan.steps:
                 self._save()
 
     def _sample(self) -> None:
@@ -216,37 +227,41 @@ class Training:
             self.log.write_text(self.progress.step, text)
         self.say("sample:", *(f"    {line}" for line in text.splitlines()))
 
-    def _save(self) -> None:
-        """Write a checkpoint of this step, once, and drop the ones that are no longer kept."""
-        progress, directory = self.progress, self.run_dir / "checkpoints"
-        if self.saved_step == progress.step:
-            return
+    def _ended_epoch(self) -> int | None:
+        """The number of the epoch that this step completed, if its end is to be kept."""
+        if not self.run.checkpoint.every_epoch:
+            return None
+        epoch = self.progress.samples // self.data.training.samples_per_epoch
+        before = (self.progress.samples - self.run.train.global_batch_size) // self.data.training.samples_per_epoch
+        return epoch if epoch > before else None
+
+    def _save(self, last: bool = False) -> None:
+        """Save this step, once; the step waits for a copy to host memory, or to the end where it is the last."""
         with self.watch.paused():
-            # Afterwards rank 0 carries the sum of all ranks, here as in a run that continues from this checkpoint.
-            progress.interval_loss = float(self.ranks.sum(self.interval_losses))
-            self.interval_losses.fill_(progress.interval_loss if self.ranks.is_first else 0.0)
-            progress.skipped_steps = self.skipped_before + self.engine.skipped_steps
-            progress.seconds = time.perf_counter() - self.started
-            state = {
+            self.saving.save(self.progress.step, self._snapshot, last)
+
+    def _snapshot(self, copy: bool) -> Snapshot:
+        progress = self.progress
+        # Afterwards rank 0 carries the sum of all ranks, here as in a run that continues from this checkpoint.
+        progress.interval_loss = float(self.ranks.sum(self.interval_losses))
+        self.interval_losses.fill_(progress.interval_loss if self.ranks.is_first else 0.0)
+        progress.skipped_steps = self.skipped_before + self.engine.skipped_steps
+        progress.seconds = time.perf_counter() - self.started
+        evaluation = self.last_evaluation if self.evaluated_step == progress.step else None
+        loss = evaluation.loss if evaluation is not None and math.isfinite(evaluation.loss) else None
+        return take_snapshot(
+            self.run_dir / "checkpoints",
+            self.engine.deepspeed,
+            step=progress.step,
+            run_config=self.run.model_dump(mode="json"),
+            global_state={
                 "progress": asdict(progress),
                 "identity": identity(self.run, self.data),
                 "data": self.data.training.state(),
-            }
-            path = save_checkpoint(
-                directory,
-                self.engine.deepspeed,
-                step=progress.step,
-                run_config=self.run.model_dump(mode="json"),
-                global_state=state,
-            )
-            self.saved_step = progress.step
-            best = self.run.checkpoint.keep_best and progress.best_step is not None
-            apply_retention(
-                directory,
-                keep_last=self.run.checkpoint.keep_last,
-                best=checkpoint_name(progress.best_step) if best else None,
-            )
-            self.say(f"saved {path}")
+            },
+            marks={"validation_loss": loss, "epoch": self._ended_epoch()},
+            copy=copy,
+        )
 
     def _finish(self, reason: str | None) -> None:
         """Summary and curves, on rank 0."""

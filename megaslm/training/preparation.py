@@ -32,11 +32,13 @@ T = TypeVar("T")
 class Options:
     """What the command line says beside the configs.
 
-    resume: "auto" continues what the folder holds, "never" refuses a folder that holds a run.
+    resume: "auto" continues what the folder holds, "never" refuses a folder that holds a run, "weights" starts a new
+        run from the weights of `weights_from`, a checkpoint or a run folder; later it continues that new run.
     """
 
     run_dir: Path
     resume: str = "auto"
+    weights_from: Path | None = None
     dry_run: bool = False
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megaslm.checkpoint import Checkpoint, check_compatible, check_engine, latest_sound, list_checkpoints
+from megaslm.checkpoint import check_engine
 from megaslm.config import RunConfig, zero_stage
 from megaslm.errors import UserError
 from megaslm.model import build_model
@@ -13,7 +13,8 @@ from megaslm.parallel import host, init_distributed
 from megaslm.training import report
 from megaslm.training.engine import DTYPES, TrainingEngine, compile_blocks, first_line
 from megaslm.training.loop import Training, dry_run
-from megaslm.training.preparation import Options, Plan, identity, make_plan
+from megaslm.training.preparation import Options, Plan, make_plan
+from megaslm.training.start import find_checkpoint, find_weights
 
 LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "NCCL")
 
@@ -27,6 +28,7 @@ def train(run: RunConfig, engine_file: dict, options: Options) -> None:
     ranks = init_distributed()
     plan = make_plan(run, engine_file, options, ranks)
     checkpoint = None if options.dry_run else find_checkpoint(plan)
+    weights = find_weights(plan) if options.resume == "weights" and checkpoint is None else None
     if checkpoint is not None and checkpoint.step >= plan.steps:
         plan.say(report.finished(plan, checkpoint.step))
     else:
@@ -36,30 +38,12 @@ def train(run: RunConfig, engine_file: dict, options: Options) -> None:
             if options.dry_run:
                 plan.say(dry_run(plan, engine))
             else:
-                Training(plan, engine).go(checkpoint)
+                Training(plan, engine).go(checkpoint, weights)
     # Only at a good end: after a failure the other ranks may be gone, and this would wait for them. A caller's group
     # stays, since DeepSpeed cannot be set up again in a process whose first group is gone.
     if joined_here:
         host.set_group(None)
         torch.distributed.destroy_process_group()
-
-
-def find_checkpoint(plan: Plan) -> Checkpoint | None:
-    """The newest sound checkpoint of the run folder, if it is one of this run; the data is set to go on from it."""
-    directory = plan.options.run_dir / "checkpoints"
-    if plan.options.resume == "never":
-        if host.on_first(lambda: bool(list_checkpoints(directory))):
-            raise UserError(
-                f"{plan.options.run_dir} already holds a run; leave out --resume never to continue it, "
-                "or choose another --run_dir"
-            )
-        return None
-    checkpoint = latest_sound(directory, report=plan.say)
-    if checkpoint is not None:
-        state = checkpoint.global_state
-        check_compatible(state["identity"], identity(plan.run, plan.data))
-        plan.data.training.load_state(state["data"], state["progress"]["samples"])
-    return checkpoint
 
 
 def build_engine(plan: Plan) -> tuple[TrainingEngine, str]:

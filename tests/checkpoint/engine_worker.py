@@ -23,6 +23,7 @@ from torch import nn
 from megaslm.checkpoint import latest_sound, list_checkpoints, open_checkpoint, restore, save_checkpoint
 from megaslm.checkpoint.deepspeed_state import EngineState
 from megaslm.errors import UserError
+from megaslm.parallel import host
 
 VOCAB, WIDTH, GLOBAL_BATCH = 61, 16, 4
 BF16 = {"bf16": {"enabled": True}}
@@ -107,14 +108,13 @@ def train(engine, first: int, last: int) -> list[str]:
 
 
 def fingerprint(engine) -> str:
-    """Hash of every bit of the whole state: weights, moments, step counts, loss scaler."""
+    """Hash of every bit of the whole state, whatever its layout: weights, moments, step counts, decay, loss scaler."""
     state, digest = EngineState(engine), hashlib.sha256()
-    for name in state.shapes:
-        for kind in ("weights", "exp_avg", "exp_avg_sq"):
-            tensor = state.gather(kind, name, 0)
-            if tensor is not None:
-                digest.update(tensor.numpy().tobytes())
-    digest.update(json.dumps([state.steps(), state.loss_scaler()]).encode())
+    for kind in ("weights", "exp_avg", "exp_avg_sq"):
+        mine = [(n, p.start, p.data.contiguous().numpy().tobytes()) for n, p in state.pieces(kind, copy=True).items()]
+        for _, _, data in sorted(piece for part in host.gather(mine) for piece in part):
+            digest.update(data)
+    digest.update(json.dumps([state.steps(), state.weight_decay(), state.loss_scaler()]).encode())
     return digest.hexdigest()
 
 

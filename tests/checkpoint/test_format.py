@@ -1,5 +1,7 @@
 """The folder on the disk: round trip, damage, foreign folders, interrupted saves, retention. No engine, one rank."""
 
+import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -11,6 +13,8 @@ from safetensors.torch import load_file
 
 from megaslm.checkpoint import (
     DamagedCheckpoint,
+    Piece,
+    Retention,
     apply_retention,
     check_compatible,
     latest_sound,
@@ -19,6 +23,7 @@ from megaslm.checkpoint import (
     write_checkpoint,
 )
 from megaslm.checkpoint import folder as folder_module
+from megaslm.checkpoint import format as format_module
 from megaslm.checkpoint.folder import assign_writers
 from megaslm.checkpoint.format import Checkpoint, read_manifest, write_manifest, write_safetensors
 from megaslm.errors import UserError
@@ -37,9 +42,13 @@ def make_tensors() -> dict[str, dict[str, torch.Tensor]]:
     return {kind: {n: torch.randn(s) for n, s in shapes.items()} for kind in ("weights", "exp_avg", "exp_avg_sq")}
 
 
+def as_pieces(tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, Piece]]:
+    return {kind: {name: Piece.whole(tensor) for name, tensor in part.items()} for kind, part in tensors.items()}
+
+
 def write(directory: Path, step: int, **changes) -> Path:
     arguments = {"run_config": {"name": "x"}, "global_state": {"samples": 8}, "optimizer": OPTIMIZER} | changes
-    return write_checkpoint(directory, make_tensors(), step=step, **arguments)
+    return write_checkpoint(directory, as_pieces(make_tensors()), step=step, **arguments)
 
 
 def test_round_trip(tmp_path):
@@ -63,34 +72,72 @@ def test_round_trip(tmp_path):
 
 def test_bits_survive(tmp_path):
     odd = torch.tensor([-0.0, float("nan"), float("inf"), 1e-45])
-    path = write_checkpoint(tmp_path, {"weights": {"odd": odd}}, step=0, run_config={}, global_state={}, optimizer=None)
+    pieces = as_pieces({"weights": {"odd": odd}})
+    path = write_checkpoint(tmp_path, pieces, step=0, run_config={}, global_state={}, optimizer=None)
     assert torch.equal(open_checkpoint(path).read("odd").view(torch.int32), odd.view(torch.int32))
 
 
-def test_tensor_in_slices(tmp_path):
-    """The place for tensor-parallel slices: a tensor cut along both dimensions is put together."""
+def open_pieces(folder: Path, shape: list[int], pieces: list[dict]) -> Checkpoint:
+    tensors = {"weights": {"w": {"shape": shape, "pieces": pieces}}}
+    return Checkpoint(folder, {"step": 1, "run_config": {}, "global_state": {}, "optimizer": None, "tensors": tensors})
+
+
+def test_tensor_in_pieces(tmp_path):
+    """As the ranks of ZeRO hold it: cut anywhere in the flattened tensor, in the middle of a row too."""
     whole = torch.arange(35.0).view(7, 5)
-    cuts = {"top.left": (0, 4, 0, 2), "top.right": (0, 4, 2, 5), "low.left": (4, 7, 0, 2), "low.right": (4, 7, 2, 5)}
-    slices = []
-    for file, (top, low, left, right) in cuts.items():
-        write_safetensors(tmp_path / file, {"w": whole[top:low, left:right].contiguous()})
-        slices.append({"file": file, "key": "w", "offset": [top, left]})
-    tensors = {"weights": {"w": {"shape": [7, 5], "dtype": "float32", "slices": slices}}}
-    manifest = {"step": 1, "run_config": {}, "global_state": {}, "optimizer": None, "tensors": tensors}
-    checkpoint = Checkpoint(tmp_path, manifest)
+    cuts, pieces = [0, 3, 4, 17, 35], []
+    for file, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        write_safetensors(tmp_path / str(file), {"w": whole.view(-1)[start:stop]})
+        pieces.append({"file": str(file), "start": start, "numel": stop - start})
+    checkpoint = open_pieces(tmp_path, [7, 5], pieces[::-1])
     assert torch.equal(checkpoint.read("w"), whole)
-    for start in range(35):
-        for stop in range(start + 1, 36):
-            assert torch.equal(checkpoint.read_flat("weights", "w", start, stop), whole.reshape(-1)[start:stop])
+    for start, stop in itertools.combinations(range(36), 2):
+        assert torch.equal(checkpoint.read_flat("weights", "w", start, stop), whole.reshape(-1)[start:stop])
+
+
+def test_tensor_in_blocks(tmp_path):
+    """The place for tensor-parallel slices: cut along both dimensions, and each slice flat over two ranks of ZeRO."""
+    whole = torch.arange(35.0).view(7, 5)
+    pieces = []
+    for top, low, left, right in ((0, 4, 0, 2), (0, 4, 2, 5), (4, 7, 0, 2), (4, 7, 2, 5)):
+        block = whole[top:low, left:right].reshape(-1)
+        for start, stop in ((0, 5), (5, block.numel())):
+            file = f"{top}.{left}.{start}"
+            write_safetensors(tmp_path / file, {"w": block[start:stop]})
+            place = {"offset": [top, left], "shape": [low - top, right - left]}
+            pieces.append({"file": file, "start": start, "numel": stop - start, "block": place})
+    checkpoint = open_pieces(tmp_path, [7, 5], pieces)
+    assert torch.equal(checkpoint.read("w"), whole)
+    assert torch.equal(checkpoint.read_flat("weights", "w", 4, 23), whole.reshape(-1)[4:23])
+
+
+@pytest.mark.parametrize("cut", [[(0, 10)], [(0, 10), (11, 15)], [(0, 10), (9, 15)]], ids=["end", "gap", "overlap"])
+def test_a_tensor_that_is_not_whole_gets_no_name(tmp_path, cut):
+    """An invariant of ours: the pieces of all ranks make up every tensor."""
+    for start, stop in cut:
+        pieces = {"weights": {"w": Piece((5, 3), start, torch.zeros(stop - start))}}
+        with pytest.raises(AssertionError):
+            write_checkpoint(tmp_path, pieces, step=1, run_config={}, global_state={}, optimizer=None)
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_large_tensors_are_written_in_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(format_module, "CHUNK", 1000)
+    tensors = {"a": torch.randn(333), "b": torch.randn(10, 50)}
+    entry = write_safetensors(tmp_path / "x.safetensors", tensors)
+    data = (tmp_path / "x.safetensors").read_bytes()
+    assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert all(torch.equal(load_file(tmp_path / "x.safetensors")[name], tensors[name]) for name in tensors)
 
 
 def test_every_flipped_byte_is_named(tmp_path):
+    """Every byte of every file, one after the other."""
     path = write(tmp_path, 1)
     for file in sorted(path.iterdir()):
         sound = file.read_bytes()
-        for place in {0, 9, len(sound) // 2, len(sound) - 1}:
+        for place in range(len(sound)):
             damaged = bytearray(sound)
-            damaged[place] ^= 4
+            damaged[place] ^= 1 << place % 8
             file.write_bytes(damaged)
             with pytest.raises(DamagedCheckpoint, match=file.name):
                 open_checkpoint(path)
@@ -113,11 +160,14 @@ def test_truncated_and_missing_files_are_named(tmp_path, name):
 def test_newer_version_is_refused(tmp_path):
     path = write(tmp_path, 1)
     manifest = {key: value for key, value in read_manifest(path).items() if key != "sha256"}
-    write_manifest(path, manifest | {"version": 2})
-    with pytest.raises(UserError, match="format version 2, this megaslm reads up to 1"):
+    write_manifest(path, manifest | {"version": 3})
+    with pytest.raises(UserError, match="format version 3, this megaslm reads 2.*a newer one"):
         open_checkpoint(path)
-    with pytest.raises(UserError, match="format version 2"):  # not passed over for an older one
+    with pytest.raises(UserError, match="format version 3"):  # not passed over for an older one
         latest_sound(tmp_path, print)
+    write_manifest(path, manifest | {"version": 1})
+    with pytest.raises(UserError, match="format version 1, this megaslm reads 2.*start anew"):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -212,30 +262,77 @@ def test_failure_in_the_last_moment(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def test_retention(tmp_path):
+def kept(directory: Path, **policy) -> list[int]:
+    apply_retention(directory, Retention(**policy))
+    return [int(path.name.removeprefix("step_")) for path in list_checkpoints(directory)]
+
+
+def test_retention_keeps_the_last(tmp_path):
     for step in (1, 2, 3, 4, 5):
-        path = write(tmp_path, step)
-        os.utime(path / "manifest.json", (step, step))
-    deleted = apply_retention(tmp_path, keep_last=2, best="step_00000002")
-    assert sorted(path.name for path in deleted) == ["step_00000001", "step_00000003"]
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000004", "step_00000005"]
-    # After a fall back to step 4, step 3 is written anew: it is the newest, the damaged step 5 is not.
-    os.utime(write(tmp_path, 3) / "manifest.json", (6, 6))
-    apply_retention(tmp_path, keep_last=1)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000003"]
+        write(tmp_path, step)
+    deleted = apply_retention(tmp_path, Retention(keep_last=2))
+    assert [path.name for path in deleted] == ["step_00000001", "step_00000002", "step_00000003"]
+    # After a fall back to step 3, step 4 is written anew: it is the newest, the damaged step 5 is not.
+    write(tmp_path, 4)
+    assert kept(tmp_path, keep_last=1) == [4]
+
+
+def test_retention_does_not_go_by_the_clock_of_the_files(tmp_path):
+    """A run folder that was copied: its files are all new, in any order."""
+    for step in (1, 2, 3):
+        os.utime(write(tmp_path, step) / "manifest.json", (10 - step, 10 - step))
+    assert kept(tmp_path, keep_last=1) == [3]
+
+
+def test_retention_keeps_every_kth_and_epochs_for_good(tmp_path):
+    for step in range(1, 13):
+        write(tmp_path, step, marks={"epoch": 1} if step == 5 else None)
+        kept(tmp_path, keep_last=2, keep_every=4)
+    assert kept(tmp_path, keep_last=2, keep_every=4) == [4, 5, 8, 11, 12]
+
+
+def test_retention_keeps_the_best_that_was_written(tmp_path):
+    """By what the checkpoints say: a run's record may name one whose save failed."""
+    for step, loss in enumerate([3.0, 1.5, 2.0, None, 1.5, 4.0], 1):
+        write(tmp_path, step, marks={"validation_loss": loss})
+    assert kept(tmp_path, keep_last=1, keep_best=True) == [2, 6]
+    (tmp_path / "step_00000002" / "weights_00000.safetensors").unlink()
+    write(tmp_path, 7, marks={"validation_loss": 2.5})
+    assert kept(tmp_path, keep_last=1, keep_best=True) == [7]
 
 
 def test_retention_keeps_a_sound_one(tmp_path):
     for step in (1, 2, 3):
-        path = write(tmp_path, step)
-        os.utime(path / "manifest.json", (step, step))
+        write(tmp_path, step)
     (tmp_path / "step_00000003" / "weights_00000.safetensors").write_text("cut")
-    apply_retention(tmp_path, keep_last=1)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_00000002", "step_00000003"]
+    assert kept(tmp_path, keep_last=1) == [2, 3]
+
+
+def test_rolling_names(tmp_path):
+    def names() -> dict[str, int]:
+        return {link.name: open_checkpoint(link).step for link in sorted(tmp_path.glob("lm_*"))}
+
+    policy = {"keep_last": 3, "rolling_names": True}
+    seen = []
+    for step in range(1, 6):
+        write(tmp_path, step)
+        kept(tmp_path, **policy)
+        seen.append(names())
+    assert seen[0] == {"lm_current": 1} and seen[1] == {"lm_current": 2, "lm_prev": 1}
+    assert seen[4] == {"lm_current": 5, "lm_prev": 4, "lm_prev2": 3}
+    assert sorted(os.listdir(tmp_path)) == [*seen[4], "step_00000003", "step_00000004", "step_00000005"]
+    # A reader that opened a name keeps the folder that it meant then.
+    opened = open_checkpoint(tmp_path / "lm_current")
+    write(tmp_path, 6)
+    kept(tmp_path, **policy)
+    assert opened.step == 5 and opened.path.name == "step_00000005" and torch.equal(opened.read("b"), opened.read("b"))
+    assert latest_sound(tmp_path, print).step == 6
+    kept(tmp_path, keep_last=3)
+    assert names() == {}
 
 
 def test_writers_are_balanced():
-    sizes = {("weights", str(i)): size for i, size in enumerate([100, 7, 7, 50, 30, 20, 1])}
+    sizes = {str(i): size for i, size in enumerate([100, 7, 7, 50, 30, 20, 1])}
     writers = assign_writers(sizes, 3)
     load = [sum(size for key, size in sizes.items() if writers[key] == rank) for rank in range(3)]
     assert load == [100, 58, 57]
