@@ -10,6 +10,7 @@ from typing import NoReturn
 from megaslm.errors import USER_ERROR_EXIT_CODE, UserError
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
+BROKEN_PIPE_EXIT_CODE = 141  # 128 + SIGPIPE
 
 # The launcher ends all ranks when the first is gone: a rank that has nothing to say lets the other one speak.
 SECONDS_FOR_THE_MESSAGE = 1.0
@@ -33,12 +34,14 @@ def mute_native_exit() -> None:
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and leave with its return value as the exit code (None: 0).
 
-    A UserError becomes one `error: ...` message on stderr and exit code 2, Ctrl-C exit code 130; any other exception is
-    a fault of ours and keeps its traceback. Of several ranks with the same error one on each machine prints it.
+    A UserError becomes one `error: ...` message on stderr and exit code 2, Ctrl-C exit code 130, a closed pipe 141; any
+    other exception is a fault of ours and keeps its traceback. Of several ranks with the same error one on each machine
+    prints it.
     """
     mute_native_exit()
     try:
         code = main() or 0
+        sys.stdout.flush()
     except UserError as error:
         if error.on_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -49,6 +52,10 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             # The others wait in a collective: taking the process groups down in good order would wait for them.
             sys.stdout.flush()
             os._exit(code)
+    except BrokenPipeError:
+        # `| head` has seen enough. What Python still holds back must not raise once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = BROKEN_PIPE_EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED_EXIT_CODE

@@ -187,6 +187,9 @@ def _check_pieces(tensors: dict[str, dict[str, Any]]) -> None:
 def latest_sound(directory: str | Path, report: Callable[[str], None], repair: bool = True) -> Checkpoint | None:
     """The newest checkpoint in `directory` whose every byte is what was written. Collective.
 
+    Newest is what was written last. That is the highest step, unless a run fell back to an older one and went on from
+    there: what lies beyond, damaged or only out of reach at that time, is not on the way of this run any more.
+
     Args:
         report: called on rank 0 with one line for every newer one that is damaged, the file at fault named.
         repair: give a checkpoint its name back whose replacement was interrupted; not in the folder of another run,
@@ -204,7 +207,7 @@ def latest_sound(directory: str | Path, report: Callable[[str], None], repair: b
         if failures:
             raise UserError(f"can't put {directory} in order: {failures[0][1]}")
     # One rank's listing for all: on a network file system they may differ for a while.
-    paths = host.broadcast([path for path in list_checkpoints(directory)])
+    paths = host.broadcast(sorted(list_checkpoints(directory), key=_written))
     damage = []
     for path in reversed(paths):
         try:
@@ -219,6 +222,14 @@ def latest_sound(directory: str | Path, report: Callable[[str], None], repair: b
             "Restore one from a backup, or move the folder away to start anew"
         )
     return None
+
+
+def _written(path: Path) -> tuple[str, int]:
+    """Sort key: when a checkpoint was written. One that does not say so comes last: it is to be named as damaged."""
+    try:
+        return read_manifest(path)["written"], checkpoint_step(path)
+    except UserError:
+        return "unknown", checkpoint_step(path)  # after every date
 
 
 def look_at(path: Path) -> Found:
@@ -270,6 +281,9 @@ def apply_retention(directory: str | Path, policy: Retention) -> list[Path]:
         directory = Path(directory)
         found = [look_at(path) for path in list_checkpoints(directory)]
         kept = choose_kept(found, policy)
+        newest = sorted((one for one in found if one.path in kept), key=lambda one: (one.written, one.step))
+        # Before the deletions: a name must not point to what is gone, not even after a kill.
+        _set_rolling_names(directory, [one.path.name for one in reversed(newest)] if policy.rolling_names else [])
         for one in found:
             if one.path not in kept:
                 try:
@@ -277,8 +291,6 @@ def apply_retention(directory: str | Path, policy: Retention) -> list[Path]:
                     deleted.append(one.path)
                 except OSError as error:
                     logger.warning("can't delete the old checkpoint %s: %s", one.path, error)
-        newest = sorted((one for one in found if one.path in kept), key=lambda one: (one.written, one.step))
-        _set_rolling_names(directory, [one.path.name for one in reversed(newest)] if policy.rolling_names else [])
     return host.broadcast(deleted)
 
 
@@ -343,12 +355,23 @@ def _prepare(hidden: Path, needed: int) -> None:
     directory = hidden.parent
     directory.mkdir(parents=True, exist_ok=True)
     _undo_interrupted_replacements(directory)
-    for stale in [*directory.glob(".step_*.tmp"), *directory.glob(".step_*.deleted")]:
-        shutil.rmtree(stale)
+    clear_leftovers(directory)
     free = shutil.disk_usage(directory).free
     if free < needed + MANIFEST_ROOM:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {_gigabytes(free)} left")
     hidden.mkdir()
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Delete what a killed run left of saves and deletions. Local; nobody else may be saving there.
+
+    Raises:
+        OSError: something can't be deleted.
+    """
+    for stale in [*directory.glob(".step_*.tmp"), *directory.glob(".step_*.deleted")]:
+        shutil.rmtree(stale)
+    for name in ROLLING_NAMES:
+        (directory / f".{name}.tmp").unlink(missing_ok=True)
 
 
 def _write_files(hidden: Path, pieces: Mapping[str, Mapping[str, Piece]]) -> tuple[dict, dict]:

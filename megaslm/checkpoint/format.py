@@ -158,7 +158,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        if folder.is_dir() and all(file.suffix == ".safetensors" for file in folder.iterdir()):
+        names = list(folder.iterdir()) if folder.is_dir() else []
+        ours = names or folder.name.startswith("step_")
+        if folder.is_dir() and ours and all(file.suffix == ".safetensors" for file in names):
             raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {MANIFEST} is missing")
         raise UserError(_describe_foreign(folder))
     try:
@@ -322,11 +324,11 @@ def find_damage(folder: Path, name: str, expected: dict[str, Any], read: bool) -
     return f"{name} is missing"
 
 
-def find_damages(folder: Path, manifest: dict[str, Any], names: list[str], read: bool) -> list[str]:
-    """What is wrong with the named files, a line for each at fault."""
+def find_damages(folder: Path, manifest: dict[str, Any], names: list[str], read: bool) -> dict[str, str]:
+    """What is wrong with those of the named files that are at fault."""
     with ThreadPoolExecutor() as threads:  # hashing leaves the interpreter's lock alone
         found = threads.map(lambda name: find_damage(folder, name, manifest["files"][name], read), names)
-    return [damage for damage in found if damage]
+    return {name: damage for name, damage in zip(names, found, strict=True) if damage}
 
 
 def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
@@ -350,7 +352,7 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
         names = sorted(manifest["files"])
         damage = find_damages(path, manifest, names[host.rank() :: host.world_size()] if verify else names, read=verify)
         if damage:
-            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {damage[0]}")
+            raise DamagedCheckpoint(f"checkpoint {path} is damaged: {'; '.join(damage.values())}")
         return manifest
 
     if not verify:

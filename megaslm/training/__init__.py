@@ -1,9 +1,23 @@
 """Training: the engine, the loop, schedules, metrics, evaluation."""
 
-from megaslm.training.engine import build_optimizer
+from megaslm.training.device import preferred_precision
+from megaslm.training.engine import TrainingEngine, build_optimizer
 from megaslm.training.preparation import Options, prepare_data
 from megaslm.training.report import format_count
 from megaslm.training.run import train
+from megaslm.training.run_dir import environment
+from megaslm.training.saving import Saving
 from megaslm.training.schedule import learning_rate
 
-__all__ = ["Options", "build_optimizer", "format_count", "learning_rate", "prepare_data", "train"]
+__all__ = [
+    "Options",
+    "Saving",
+    "TrainingEngine",
+    "build_optimizer",
+    "environment",
+    "format_count",
+    "learning_rate",
+    "preferred_precision",
+    "prepare_data",
+    "train",
+]

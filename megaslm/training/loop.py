@@ -41,6 +41,7 @@ class Progress:
     best_step: int | None = None
     interval_loss: float = 0.0
     interval_targets: int = 0
+    evaluation_due: bool = False  # a stop came before the evaluation of this step
     weights_from: dict | None = None  # of --resume weights: where the initial weights came from
 
 
@@ -66,6 +67,7 @@ class Training:
         """Continue from `checkpoint`, or start (from `weights`, if given), run to the end or to a stop, and report."""
         if checkpoint is not None:
             self.progress = Progress(**restore(checkpoint, self.engine.deepspeed)["progress"])
+            self.progress.evaluation_due &= _due(self.progress.step, self.run.eval.interval)
             self.skipped_before = self.progress.skipped_steps
             if self.ranks.is_first:
                 self.interval_losses.fill_(self.progress.interval_loss)
@@ -76,11 +78,15 @@ class Training:
             self.say(f"a new run from the weights of {weights.checkpoint.path}{weights.differences}")
         self.first_step = self.progress.step + 1
         host.on_first(self._open_run_dir)
-        self.saving = Saving(self.run.checkpoint, self.say, checkpoint.step if checkpoint is not None else None)
+        # The checkpoint of a step that is yet to be evaluated is saved again where it turns out to be the best.
+        saved = checkpoint is not None and not self.progress.evaluation_due
+        self.saving = Saving(self.run.checkpoint, self.say, checkpoint.step if saved else None)
         self.started = time.perf_counter() - self.progress.seconds
         self.watch.restart()
         try:
             with StopRequest(self.ranks, self.run.train.max_seconds) as stop:
+                if self.progress.evaluation_due:
+                    self._evaluate()
                 reason = self._loop(stop)
             self._finish(reason)
         except Exception:
@@ -95,7 +101,10 @@ class Training:
         self.lock = lock_run_dir(self.run_dir)
         facts = environment(self.ranks, self.plan.precision)
         open_run_dir(self.run_dir, self.run, self.plan.engine_config, facts, self.progress.step)
-        self.log = MetricsLog(self.run_dir, self.run, self.progress.step, self.say)
+        # An evaluation that is made up for may have been logged before a kill.
+        self.log = MetricsLog(
+            self.run_dir, self.run, self.progress.step, self.say, without_evaluation=self.progress.evaluation_due
+        )
 
     def _loop(self, stop: StopRequest) -> str | None:
         """Step until the end; returns why it stopped before, or None."""
@@ -123,8 +132,11 @@ class Training:
             if done or _due(progress.step, run.logging.interval):
                 # An interval that a stop cuts short is not logged: its sums go through the checkpoint to the next run.
                 self._log_interval(lr)
-            if done or (reason is None and _due(progress.step, run.eval.interval)):
-                self._evaluate()
+            if done or _due(progress.step, run.eval.interval):
+                if done or reason is None:
+                    self._evaluate()
+                else:  # who wants to stop need not wait for it: the run that continues makes it up
+                    progress.evaluation_due = True
             last = done or reason is not None
             if last or _due(progress.step, run.checkpoint.interval) or self._ended_epoch() is not None:
                 self._save(last)
@@ -175,6 +187,7 @@ class Training:
     def _evaluate(self) -> None:
         """Loss on the validation part, a sample of text, and a checkpoint where it is the best so far."""
         progress = self.progress
+        progress.evaluation_due = False
         with self.watch.paused():
             result = evaluate(
                 self.engine,
@@ -238,6 +251,8 @@ class Training:
     def _save(self, last: bool = False) -> None:
         """Save this step, once; the step waits for a copy to host memory, or to the end where it is the last."""
         with self.watch.paused():
+            if self.log is not None:
+                self.log.flush()
             self.saving.save(self.progress.step, self._snapshot, last)
 
     def _snapshot(self, copy: bool) -> Snapshot:

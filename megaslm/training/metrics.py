@@ -52,13 +52,22 @@ class Stopwatch:
 class MetricsLog:
     """Writes one record a call to every place asked for. Continuing a run cuts back what lies after its step.
 
+    without_evaluation: cut back the evaluation of that step too.
+
     A disk that is full costs the record, with a warning, and not the run: the next checkpoint says what to do.
     """
 
-    def __init__(self, run_dir: Path, run: RunConfig, resume_step: int, say: Callable[[str], None]):
+    def __init__(
+        self,
+        run_dir: Path,
+        run: RunConfig,
+        resume_step: int,
+        say: Callable[[str], None],
+        without_evaluation: bool = False,
+    ):
         self._path, self._say, self._warned = run_dir / "metrics.jsonl", say, False
         try:
-            _cut_back(self._path, resume_step)
+            _cut_back(self._path, resume_step, without_evaluation)
             self._file = self._path.open("a")
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror}; choose another --run_dir") from error
@@ -88,6 +97,12 @@ class MetricsLog:
                 self._tensorboard.add_text("sample", text, step)
             if self._wandb is not None:
                 self._wandb.log({"sample": text, "step": step})
+
+    def flush(self) -> None:
+        """Hand everything over to the system: what a checkpoint has behind it must outlive a kill after it."""
+        with self._surviving():
+            if self._tensorboard is not None:  # which else waits for up to two minutes
+                self._tensorboard.flush()
 
     def close(self) -> None:
         with self._surviving():
@@ -124,9 +139,11 @@ def read_metrics(path: Path) -> list[dict]:
     return records
 
 
-def _cut_back(path: Path, step: int) -> None:
+def _cut_back(path: Path, step: int, without_evaluation: bool) -> None:
     """Drop the records after `step`, which the continued run writes again."""
     records = read_metrics(path)
+    if without_evaluation:
+        records = [record for record in records if (record["kind"], record["step"]) != ("eval", step)]
     temporary = path.with_suffix(".tmp")
     with temporary.open("w") as file:
         for record in records:

@@ -14,6 +14,7 @@ from megaslm.training import report
 from megaslm.training.engine import DTYPES, TrainingEngine, compile_blocks, first_line
 from megaslm.training.loop import Training, dry_run
 from megaslm.training.preparation import Options, Plan, make_plan
+from megaslm.training.saving import clear_finished
 from megaslm.training.start import find_checkpoint, find_weights
 
 LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "NCCL")
@@ -30,6 +31,7 @@ def train(run: RunConfig, engine_file: dict, options: Options) -> None:
     checkpoint = None if options.dry_run else find_checkpoint(plan)
     weights = find_weights(plan) if options.resume == "weights" and checkpoint is None else None
     if checkpoint is not None and checkpoint.step >= plan.steps:
+        host.on_first(lambda: clear_finished(options.run_dir))
         plan.say(report.finished(plan, checkpoint.step))
     else:
         with understood_errors(plan):

@@ -106,7 +106,9 @@ def open_run_dir(run_dir: Path, run: RunConfig, engine_config: dict, facts: dict
             earlier = run_dir / f"before_step_{step:08d}"
             earlier.mkdir(exist_ok=True)
             for name in ("config.json", "engine.json", "environment.json"):
-                os.replace(run_dir / name, earlier / name)
+                # What is there stays: a kill came between these moves, or no step of the process after it was saved.
+                if not (earlier / name).exists() and (run_dir / name).exists():
+                    os.replace(run_dir / name, earlier / name)
         save_run_config(run, run_dir / "config.json")
         write_json(run_dir / "engine.json", engine_config)
         write_json(run_dir / "environment.json", facts)

@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megaslm.checkpoint import BackgroundSave, Retention, SaveFailed, Snapshot, apply_retention
+from megaslm.checkpoint import BackgroundSave, Retention, SaveFailed, Snapshot, apply_retention, clear_leftovers
 from megaslm.config import CheckpointConfig
 from megaslm.errors import UserError
+from megaslm.training.run_dir import lock_run_dir
 
 
 class Saving:
@@ -74,6 +75,15 @@ class Saving:
         beside = "" if waited is None else f"; training waited {waited:.2f} s"
         self._say(f"saved {path} ({_size(path)} in {seconds:.1f} s{beside})")
         apply_retention(path.parent, self._retention)
+
+
+def clear_finished(run_dir: Path) -> None:
+    """Delete what a kill right after the last save left half deleted: no save is to come that would. Local."""
+    directory = run_dir / "checkpoints"
+    if any(directory.glob(".*")):
+        with contextlib.suppress(UserError, OSError):  # in use, or not writable: no harm in what lies there
+            with lock_run_dir(run_dir):
+                clear_leftovers(directory)
 
 
 def _size(folder: Path) -> str:

@@ -219,6 +219,13 @@ def test_latest_sound_falls_back(tmp_path):
         latest_sound(tmp_path, reports.append)
 
 
+def test_after_a_fall_back_the_run_is_what_it_wrote_since(tmp_path):
+    """Step 9 could not be read for a while (its disk was away): the run went on from 3, and that is where it is."""
+    for step in (3, 9, 4):
+        write(tmp_path, step)
+    assert latest_sound(tmp_path, print).step == 4
+
+
 def test_killed_saves_leave_nothing_behind(tmp_path):
     write(tmp_path, 1)
     # Killed while writing, while deleting, and between the two renames of a replacement.

@@ -8,7 +8,10 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
+
+from megaslm.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SEEN = 80, 20
@@ -102,20 +105,41 @@ def test_a_run_in_the_background_outlives_its_shell(arguments, environment, tmp_
     assert f"{STEPS} of {STEPS} (end of the run)" in out.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["front end", "launcher"])
-def test_ranks_whose_launcher_is_gone_save_and_leave(arguments, start, tmp_path, number):
-    """SIGTERM to the front end of `deepspeed`, or SIGKILL to its launcher: no rank may run on unseen."""
+def find(process: subprocess.Popen, part: str) -> int:
+    """Process id of the front end (what was started), of the launcher under it, or of a rank."""
+    if part == "front end":
+        return process.pid
+    below = psutil.Process(process.pid).children(recursive=True)
+    wanted = {"launcher": "deepspeed.launcher.launch", "rank 0": "--local_rank=0", "rank 1": "--local_rank=1"}[part]
+    (pid,) = [one.pid for one in below if wanted in one.cmdline()]
+    return pid
+
+
+@pytest.mark.parametrize(
+    ("part", "number"),
+    [
+        ("front end", signal.SIGTERM),  # ends it alone, and leaves its launcher and the ranks to nobody
+        ("front end", signal.SIGINT),
+        ("launcher", signal.SIGTERM),
+        ("launcher", signal.SIGINT),
+        ("launcher", signal.SIGKILL),
+        ("rank 0", signal.SIGINT),
+        ("rank 1", signal.SIGTERM),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_whoever_is_told_to_stop_all_ranks_save_and_leave(arguments, start, tmp_path, part, number):
+    """Under `deepspeed`: one checkpoint of one step by both ranks, and no process of the run is left."""
     process = start(*arguments, tmp_path / "run", "train.max_steps=5000", ranks=2)
-    lines = []
+    out, family = [], []
     for line in process.stdout:  # until every rank has closed its end
-        lines.append(line)
+        out.append(line)
         if line.startswith(f"step {SEEN:>4}/5000"):
-            if number == signal.SIGKILL:
-                rank = int(re.search(r"kill -TERM (\d+)", "".join(lines))[1])
-                status = Path(f"/proc/{rank}/status").read_text()
-                os.kill(int(re.search(r"PPid:\s+(\d+)", status)[1]), signal.SIGKILL)
-            else:
-                process.terminate()
-    out = "".join(lines)
-    assert "stopped by launcher gone at step" in out, out
-    assert list((tmp_path / "run" / "checkpoints").glob("step_*"))
+            family = psutil.Process(process.pid).children(recursive=True)
+            os.kill(find(process, part), number)
+    gone, left = psutil.wait_procs(family, timeout=40)
+    assert left == [] and len(gone) >= 3, "a launcher and two ranks"
+    text = "".join(out)
+    step = int(re.search(r"stopped by [\w ]+ at step (\d+) of 5000; the same command continues", text)[1])
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert open_checkpoint(checkpoint).step == step >= SEEN

@@ -120,6 +120,14 @@ def test_how_commands_end(capsys):
         run_command(lambda: 1 // 0)
 
 
+def test_a_reader_that_has_seen_enough():
+    """As of `| head`: no traceback."""
+    script = "from megaslm.commands import run_command; run_command(lambda: print('a line\\n' * 100_000))"
+    command = f"'{sys.executable}' -c \"{script}\" | head -1; exit ${{PIPESTATUS[0]}}"
+    finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (141, "a line\n", "")
+
+
 @pytest.mark.parametrize("tool", ["train_tokenizer.py", "preprocess_data.py"])
 def test_help(workspace, tool):
     assert "python-stdlib" in run(tool, "--help", cwd=workspace)
