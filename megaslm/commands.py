@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
+import megaslm.launchers  # noqa: F401  # remembers who started this process
 from megaslm.errors import USER_ERROR_EXIT_CODE, UserError
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it

@@ -25,6 +25,8 @@ SEVERAL_COMMANDS = ROOT / "tests" / "launch" / "several_commands.py"
 ZERO = {stage: ROOT / "ds_configs" / f"zero{stage}.json" for stage in range(4)}
 # What a launcher, or a test of this process, leaves in the environment.
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Of the metrics, what the clock and the memory of a process decide.
+MEASURED = ("tokens_per_s", "ms_per_step", "tflops", "tflops_causal", "memory_bytes", "seconds")
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,17 @@ def metrics():
     def read(run_dir: Path, kind: str = "train") -> list[dict]:
         lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
         return [r for r in (json.loads(line, parse_constant=refuse) for line in lines) if r["kind"] == kind]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def numbers(metrics):
+    """numbers(run_dir) -> the records of metrics.jsonl, train then eval, without what the clock decides."""
+
+    def read(run_dir: Path) -> list[dict]:
+        records = [record for kind in ("train", "eval") for record in metrics(run_dir, kind)]
+        return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
 
     return read
 

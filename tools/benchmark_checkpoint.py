@@ -37,7 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="slm_small")
     parser.add_argument("--ds_config", type=Path, help="engine config (as ds_configs/zero1.json)")
-    parser.add_argument("--directory", type=Path, help="folder on the disk to measure (the system's temporary one)")
+    parser.add_argument("--directory", type=Path, default=Path(), help="folder on the disk to measure (this one)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -89,6 +89,8 @@ def clone(tensors: list) -> None:
 
 def copy_to_disk(source: Path, target: Path) -> None:
     """The same bytes from file to file, and on the disk."""
+    if not source.exists():
+        raise UserError(f"the save in {source.parent} failed; choose a --directory with room")
     target.mkdir()
     for path in source.iterdir():
         with open(path, "rb") as read, open(target / path.name, "wb") as written:
@@ -103,29 +105,32 @@ def measure(engine, run, directory: Path, rounds: int) -> dict[str, list[float]]
     from megaslm.parallel import host
     from megaslm.training import Saving
 
-    def take(step: int, copy: bool):
+    def take(step: int, buffers, directory: Path = directory):
         options = {"step": step, "run_config": run.model_dump(mode="json"), "global_state": {}}
-        return take_snapshot(directory, engine.deepspeed, **options, copy=copy)
+        return take_snapshot(directory, engine.deepspeed, **options, buffers=buffers)
 
+    def save_at_once(step: int) -> None:
+        take(step, None, directory / "at_once").write()
+
+    say = print if host.rank() == 0 else lambda *_: None
     found: dict[str, list[float]] = {part: [] for part in ("clone", "held", "written", "disk copy", "save at once")}
     policy = {"keep_last": 1, "keep_every": 0, "rolling_names": False}
-    background = Saving(run.checkpoint.model_copy(update=policy | {"background": True}), print, None)
-    at_once = Saving(run.checkpoint.model_copy(update=policy | {"background": False}), print, None)
+    background = Saving(run.checkpoint.model_copy(update=policy | {"background": True}), say, None)
     for step in range(1, rounds + 1):
-        state = [piece.data for part in take(step, copy=False).pieces.values() for piece in part.values()]
+        state = [piece.data for part in take(step, None).pieces.values() for piece in part.values()]
         found["clone"].append(seconds_of(clone, state))
         settle()
         found["held"].append(seconds_of(background.save, step, partial(take, step), last=False))
         found["written"].append(seconds_of(background.finish_running))
         settle()
+        saved = directory / checkpoint_name(step)
+        found["disk copy"].append(host.on_first(partial(seconds_of, copy_to_disk, saved, directory / "copy")))
         if host.rank() == 0:
-            saved = directory / checkpoint_name(step)
-            if not saved.exists():
-                raise UserError(f"the save in {directory} failed; choose a --directory with room", on_one_rank=True)
-            found["disk copy"].append(seconds_of(copy_to_disk, saved, directory / "copy"))
             shutil.rmtree(directory / "copy")
         settle()
-        found["save at once"].append(seconds_of(at_once.save, step, partial(take, step), last=True))
+        found["save at once"].append(seconds_of(save_at_once, step))
+        if host.rank() == 0:
+            shutil.rmtree(directory / "at_once")
         settle()
     return found
 

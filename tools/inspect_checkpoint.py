@@ -159,8 +159,14 @@ def folder_lines(report: FolderReport) -> list[str]:
     lines += [
         f"{link} points to {target}, which is gone" for link, target in report.links.items() if target not in there
     ]
-    lines += [f"{name} is of a save that is going on or was cut off" for name in report.leftovers]
+    lines += [f"{name} is {leftover(name)}" for name in report.leftovers]
     return lines
+
+
+def leftover(name: str) -> str:
+    if name.endswith(".old"):
+        return "a complete checkpoint whose step was being saved again; the next start gives it its name back"
+    return "of a save or a deletion that is going on or was cut off"
 
 
 def comparison_lines(report: Comparison) -> list[str]:

@@ -1,6 +1,7 @@
 """Checkpoints free of layout: save, verify, resume and retain. The format is described in format.py."""
 
 from megaslm.checkpoint.background import BackgroundSave
+from megaslm.checkpoint.buffers import HostBuffers
 from megaslm.checkpoint.folder import (
     Retention,
     SaveFailed,
@@ -24,7 +25,15 @@ from megaslm.checkpoint.inspection import (
     inspect_path,
     report_json,
 )
-from megaslm.checkpoint.save import Snapshot, check_compatible, check_engine, restore, save_checkpoint, take_snapshot
+from megaslm.checkpoint.save import (
+    NoHostMemory,
+    Snapshot,
+    check_compatible,
+    check_engine,
+    restore,
+    save_checkpoint,
+    take_snapshot,
+)
 
 __all__ = [
     "BackgroundSave",
@@ -35,6 +44,8 @@ __all__ = [
     "DamagedCheckpoint",
     "FolderReport",
     "KindComparison",
+    "HostBuffers",
+    "NoHostMemory",
     "Piece",
     "Retention",
     "SaveFailed",

@@ -29,6 +29,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from megaslm.checkpoint.buffers import HostBuffers
 from megaslm.checkpoint.folder import assign_writers
 from megaslm.checkpoint.format import ADAM_MOMENTS, WEIGHTS, Piece
 from megaslm.errors import UserError
@@ -107,13 +108,16 @@ class EngineState:
             # Under ZeRO-3 the parameter itself is empty between its uses.
             self.shapes[name] = tuple(getattr(parameter, "ds_shape", parameter.shape))
 
-    def pieces(self, kind: str, *, copy: bool) -> dict[str, Piece]:
+    def pieces(self, kind: str, buffers: HostBuffers | None = None) -> dict[str, Piece]:
         """What this rank writes of all weights, or of a moment: its shards, bit for bit. No word between the ranks.
 
         Args:
             kind: "weights" for the fp32 master weights, else a moment's key in the optimizer's state.
-            copy: to host memory, so that training may go on; else the pieces are views of the engine's own tensors,
+            buffers: copy the state there, see `HostBuffers`; else the pieces are views of the engine's own tensors,
                 good until the next step.
+
+        Raises:
+            MemoryError, RuntimeError: no room for the copy.
         """
         if self._replicated:  # every rank has everything
             writers = assign_writers({name: shard.numel for name, shard in self._local_shards()}, host.world_size())
@@ -129,14 +133,12 @@ class EngineState:
             if source is None:
                 data = torch.zeros(shard.numel)
             else:
-                if copy:
+                if buffers is not None:
                     if id(shard.flat) not in copies:
-                        copies[id(shard.flat)] = _start_host_copy(source)
+                        copies[id(shard.flat)] = buffers.copy((kind, len(copies)), source)
                     source = copies[id(shard.flat)]
                 data = source.view(-1).narrow(0, shard.offset, shard.numel)
             found[name] = Piece(self.shapes[name], shard.start, data)
-        if copy and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
         return found
 
     def steps(self) -> dict[str, int]:
@@ -283,14 +285,6 @@ class EngineState:
             groups, offsets = outer.round_robin_bit16_groups, outer.round_robin_bit16_offsets
             for group, starts, flat in zip(groups, offsets, outer.single_partition_of_fp32_groups, strict=True):
                 yield from _cut(group, starts, flat)
-
-
-def _start_host_copy(source: Tensor) -> Tensor:
-    """fp32 copy in host memory; from a GPU it is under way until the device is synchronized."""
-    # Pinned memory is copied to at the full rate of the bus. torch keeps what is freed for the next save.
-    pinned = source.is_cuda
-    copy = torch.empty(source.shape, dtype=torch.float32, pin_memory=pinned)
-    return copy.copy_(source, non_blocking=pinned)
 
 
 def _cut(group: list[Tensor], offsets: list[int], flat: Tensor) -> Iterator[tuple[Tensor, Shard | None]]:

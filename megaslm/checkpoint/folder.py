@@ -2,7 +2,7 @@
 
     checkpoints/
         step_00001000/          complete: it got this name when its last byte was on the disk
-        .step_00002000.tmp/     being written, or left by a killed run: nobody reads it, the next save clears it
+        .step_00002000.0.tmp/   being written, or left by a killed run: nobody reads it, the next save clears it
         .step_00001000.old/     a checkpoint whose step is being saved again, for the moment between two renames
         .step_00000500.deleted/ on its way out
         lm_current, lm_prev ... links to the newest, on request: names for people and scripts, which nothing here reads
@@ -11,13 +11,13 @@ All ranks must see the same folder: on several nodes it lies on a shared file sy
 """
 
 import errno
+import itertools
 import logging
 import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -37,7 +37,7 @@ from megaslm.checkpoint.format import (
     write_safetensors,
 )
 from megaslm.errors import UserError
-from megaslm.files import sync_folder
+from megaslm.files import side_by_side, sync_folder
 from megaslm.parallel import host
 
 logger = logging.getLogger(__name__)
@@ -70,12 +70,12 @@ class Retention:
 
 
 @dataclass(frozen=True)
-class Found:
+class Summary:
     """A checkpoint as retention sees it: by names, sizes and manifest alone."""
 
     path: Path
     step: int
-    written: str
+    serial: int
     validation_loss: float | None
     epoch: int | None
     sound: bool
@@ -144,11 +144,10 @@ def write_checkpoint(
     Raises:
         SaveFailed: disk full, no permission, ...: names the file and the newest checkpoint that is there.
     """
-    directory = Path(directory)
-    hidden = directory / f".{checkpoint_name(step)}.tmp"
-    needed = sum(host.gather(sum(piece.nbytes for part in pieces.values() for piece in part.values())))
-    _together(directory, step, needed, lambda: _on_rank_0(lambda: _prepare(hidden, needed)))
-    files, entries = _together(directory, step, needed, lambda: _write_files(hidden, pieces), cleanup=hidden)
+    mine = sum(piece.nbytes for part in pieces.values() for piece in part.values())
+    save = _Save(Path(directory), step, needed=sum(host.gather(mine)))
+    hidden = host.broadcast(save.together(lambda: _prepare(save) if host.rank() == 0 else None))
+    files, entries = save.together(lambda: _write_files(hidden, pieces), cleanup=hidden)
     manifest: dict[str, Any] = {
         "written": datetime.now(UTC).isoformat(timespec="microseconds"),
         "step": step,
@@ -167,9 +166,51 @@ def write_checkpoint(
             for name, (shape, piece) in part.items():
                 tensors.setdefault(name, {"shape": shape, "pieces": []})["pieces"].append(piece)
     _check_pieces(manifest["tensors"])
-    final = directory / checkpoint_name(step)
-    _together(directory, step, needed, lambda: _on_rank_0(lambda: _publish(hidden, final, manifest)), cleanup=hidden)
+    final = save.directory / checkpoint_name(step)
+    save.together(lambda: _publish(hidden, final, manifest) if host.rank() == 0 else None, cleanup=hidden)
     return final
+
+
+@dataclass(frozen=True)
+class _Save:
+    """What a message about a save needs to know. needed: bytes, over all ranks."""
+
+    directory: Path
+    step: int
+    needed: int
+
+    def together(self, work: Callable[[], Any], cleanup: Path | None = None) -> Any:
+        """Do a part of the save on every rank; if it fails on any, raise the SaveFailed that says so on all."""
+        result, failures = host.try_together(work)
+        if not failures:
+            return result
+        if host.rank() == 0 and cleanup is not None:
+            shutil.rmtree(cleanup, ignore_errors=True)
+        rank, error = failures[0]
+        if isinstance(error, UserError) or not isinstance(error, OSError):
+            raise error
+        what = error.strerror or str(error)
+        if error.filename:
+            what += f" ({error.filename})"
+        if host.world_size() > 1:
+            what += f" on rank {rank}"
+        if error.errno in NO_ROOM:
+            advice = f"free {_gigabytes(self.needed + MANIFEST_ROOM)}"
+        elif error.errno == errno.ENOENT and rank > 0:
+            advice = "this folder must be the same one on all nodes (a shared file system)"
+        else:
+            advice = "make the folder writable"
+        last = host.broadcast(self._last_sound() if host.rank() == 0 else None)
+        raise SaveFailed(
+            f"could not save the checkpoint of step {self.step} in {self.directory}: {what}; {last}; {advice}"
+        ) from error
+
+    def _last_sound(self) -> str:
+        try:
+            sound = [one for one in summaries(self.directory) if one.sound]
+        except OSError as error:
+            return f"which checkpoints are there can't be seen ({error.strerror})"
+        return f"the last sound checkpoint is {sound[-1].path.name}" if sound else "there is no earlier checkpoint"
 
 
 def _check_pieces(tensors: dict[str, dict[str, Any]]) -> None:
@@ -187,8 +228,8 @@ def _check_pieces(tensors: dict[str, dict[str, Any]]) -> None:
 def latest_sound(directory: str | Path, report: Callable[[str], None], repair: bool = True) -> Checkpoint | None:
     """The newest checkpoint in `directory` whose every byte is what was written. Collective.
 
-    Newest is what was written last. That is the highest step, unless a run fell back to an older one and went on from
-    there: what lies beyond, damaged or only out of reach at that time, is not on the way of this run any more.
+    Newest is what was saved last (its serial number). That is the highest step, unless a run fell back to an older one
+    and went on from there: what lies beyond, damaged or only out of reach then, is not on the way of this run any more.
 
     Args:
         report: called on rank 0 with one line for every newer one that is damaged, the file at fault named.
@@ -202,12 +243,17 @@ def latest_sound(directory: str | Path, report: Callable[[str], None], repair: b
         UserError: there are checkpoints, but none is sound; or one has a newer format version.
     """
     directory = Path(directory)
-    if repair:
-        _, failures = host.try_together(lambda: _on_rank_0(lambda: _undo_interrupted_replacements(directory)))
-        if failures:
-            raise UserError(f"can't put {directory} in order: {failures[0][1]}")
+
+    def look() -> list[Path]:
+        try:
+            if repair:
+                _undo_interrupted_replacements(directory)
+            return sorted(list_checkpoints(directory), key=_order)
+        except OSError as error:
+            raise UserError(f"can't put the checkpoints of {directory} in order: {error}") from error
+
     # One rank's listing for all: on a network file system they may differ for a while.
-    paths = host.broadcast(sorted(list_checkpoints(directory), key=_written))
+    paths = host.on_first(look)
     damage = []
     for path in reversed(paths):
         try:
@@ -224,74 +270,90 @@ def latest_sound(directory: str | Path, report: Callable[[str], None], repair: b
     return None
 
 
-def _written(path: Path) -> tuple[str, int]:
-    """Sort key: when a checkpoint was written. One that does not say so comes last: it is to be named as damaged."""
+def _order(path: Path) -> tuple[float, int]:
+    """Sort key: by serial number. One that does not tell it comes last: it is to be named as damaged."""
     try:
-        return read_manifest(path)["written"], checkpoint_step(path)
+        return read_manifest(path)["serial"], checkpoint_step(path)
     except UserError:
-        return "unknown", checkpoint_step(path)  # after every date
+        return math.inf, checkpoint_step(path)
 
 
-def look_at(path: Path) -> Found:
-    """What retention needs to know of a checkpoint; a manifest that can't be read makes it an unsound one. Local."""
-    try:
-        manifest = read_manifest(path)
-    except UserError:
-        return Found(path, checkpoint_step(path), "", None, None, False)
-    sound = not find_damages(path, manifest, list(manifest["files"]), read=False)
-    marks = manifest["marks"]
-    return Found(path, manifest["step"], manifest["written"], marks["validation_loss"], marks["epoch"], sound)
+def summaries(directory: Path) -> list[Summary]:
+    """The checkpoints of a folder that say what they are, in the order of their saves. Local.
+
+    Left out are manifests that can't be read now, or are not ours. Nobody knows what these are, so nobody deletes them.
+    """
+    found = []
+    for path in list_checkpoints(directory):
+        try:
+            manifest = read_manifest(path)
+        except UserError as error:
+            logger.info("%s", error)  # the start has named it
+            continue
+        sound = not find_damages(path, manifest, list(manifest["files"]), read=False)
+        marks = manifest["marks"]
+        found.append(
+            Summary(path, manifest["step"], manifest["serial"], marks["validation_loss"], marks["epoch"], sound)
+        )
+    return sorted(found, key=lambda one: (one.serial, one.step))
 
 
-def choose_kept(found: list[Found], policy: Retention) -> dict[Path, list[str]]:
+def choose_kept(found: list[Summary], policy: Retention) -> dict[Path, list[str]]:
     """The checkpoints that stay, each with the reasons: "last", "every", "epoch", "best", "the only sound one".
 
-    Newest is what was written last, not the highest step: after a fall back to an older checkpoint the damaged newer
-    one must not push out those that the run writes now. At least one that looks sound is kept.
+    Args:
+        found: in the order of their saves. After a fall back to an older checkpoint that is not the order of steps: the
+            newer one, damaged, must neither push out those that the run saves now nor pass for the best of them.
     """
     assert policy.keep_last >= 1, "a run keeps its last checkpoint"
-    newest = sorted(found, key=lambda one: (one.written, one.step), reverse=True)
-    kept: dict[Path, list[str]] = {one.path: ["last"] for one in newest[: policy.keep_last]}
+    kept: dict[Path, list[str]] = {one.path: ["last"] for one in found[-policy.keep_last :]}
     for one in found:
         if policy.keep_every and one.step % policy.keep_every == 0:
             kept.setdefault(one.path, []).append("every")
         if one.epoch is not None:
             kept.setdefault(one.path, []).append("epoch")
-    sound = [one for one in newest if one.sound]
-    evaluated = [one for one in sound if one.validation_loss is not None]
+    sound = [one for one in found if one.sound]
+    on_the_way = [one for i, one in enumerate(found) if all(one.step < later.step for later in found[i + 1 :])]
+    evaluated = [one for one in on_the_way if one.sound and one.validation_loss is not None]
     if policy.keep_best and evaluated:
         # From what is there, not from the run's record of its best: that save may have failed.
         best = min(evaluated, key=lambda one: (one.validation_loss, one.step))
         kept.setdefault(best.path, []).append("best")
     if sound and not any(one.path in kept for one in sound):
-        kept[sound[0].path] = ["the only sound one"]
+        kept[sound[-1].path] = ["the only sound one"]
     return kept
 
 
 def apply_retention(directory: str | Path, policy: Retention) -> list[Path]:
-    """Delete the checkpoints that the policy does not keep, and set the rolling names. Collective; rank 0 does it.
+    """Delete the checkpoints that the policy does not keep, and set the rolling names. Rank 0 does it, and waits for
+    nobody.
 
-    What can't be deleted or named is logged and left: no reason to end a run.
+    What can't be read, deleted or named is logged and left: no reason to end a run.
 
     Returns:
-        The folders deleted.
+        The folders deleted, on rank 0.
     """
-    deleted = []
-    if host.rank() == 0:
-        directory = Path(directory)
-        found = [look_at(path) for path in list_checkpoints(directory)]
-        kept = choose_kept(found, policy)
-        newest = sorted((one for one in found if one.path in kept), key=lambda one: (one.written, one.step))
-        # Before the deletions: a name must not point to what is gone, not even after a kill.
-        _set_rolling_names(directory, [one.path.name for one in reversed(newest)] if policy.rolling_names else [])
-        for one in found:
-            if one.path not in kept:
-                try:
-                    _delete(one.path)
-                    deleted.append(one.path)
-                except OSError as error:
-                    logger.warning("can't delete the old checkpoint %s: %s", one.path, error)
-    return host.broadcast(deleted)
+    deleted: list[Path] = []
+    if host.rank() > 0:
+        return deleted
+    directory = Path(directory)
+    try:
+        found = summaries(directory)
+    except OSError as error:
+        logger.warning("can't look at the checkpoints of %s: %s", directory, error)
+        return deleted
+    kept = choose_kept(found, policy)
+    newest = [one.path.name for one in reversed(found) if one.path in kept]
+    # Before the deletions: a name must not point to what is gone, not even after a kill.
+    _set_rolling_names(directory, newest if policy.rolling_names else [])
+    for one in found:
+        if one.path not in kept:
+            try:
+                _delete(one.path)
+                deleted.append(one.path)
+            except OSError as error:
+                logger.warning("can't delete the old checkpoint %s: %s", one.path, error)
+    return deleted
 
 
 def _set_rolling_names(directory: Path, newest: list[str]) -> None:
@@ -313,65 +375,46 @@ def _set_rolling_names(directory: Path, newest: list[str]) -> None:
             logger.warning("can't set the name %s: %s", link, error)
 
 
-def _on_rank_0(work: Callable[[], None]) -> None:
-    if host.rank() == 0:
-        work()
-
-
-def _together(directory: Path, step: int, needed: int, work: Callable[[], Any], cleanup: Path | None = None) -> Any:
-    """Do a part of the save on every rank; if it fails on any, raise the UserError that says so on all."""
-    result, failures = host.try_together(work)
-    if not failures:
-        return result
-    if host.rank() == 0 and cleanup is not None:
-        shutil.rmtree(cleanup, ignore_errors=True)
-    rank, error = failures[0]
-    if isinstance(error, UserError) or not isinstance(error, OSError):
-        raise error
-    what = error.strerror or str(error)
-    if error.filename:
-        what += f" ({error.filename})"
-    if host.world_size() > 1:
-        what += f" on rank {rank}"
-    sound = list_checkpoints(directory)
-    last = f"the last sound checkpoint is {sound[-1].name}" if sound else "there is no earlier checkpoint"
-    if error.errno in NO_ROOM:
-        advice = f"free {_gigabytes(needed + MANIFEST_ROOM)}"
-    elif error.errno == errno.ENOENT and rank > 0:
-        advice = "this folder must be the same one on all nodes (a shared file system)"
-    else:
-        advice = "make the folder writable"
-    raise SaveFailed(
-        f"could not save the checkpoint of step {step} in {directory}: {what}; {last}; {advice}"
-    ) from error
-
-
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
 
 
-def _prepare(hidden: Path, needed: int) -> None:
+def _prepare(save: _Save) -> Path:
     """Make the hidden folder, after clearing what a killed run left, and see that there is room."""
-    directory = hidden.parent
+    directory = save.directory
     directory.mkdir(parents=True, exist_ok=True)
     _undo_interrupted_replacements(directory)
     clear_leftovers(directory)
     free = shutil.disk_usage(directory).free
-    if free < needed + MANIFEST_ROOM:
+    if free < save.needed + MANIFEST_ROOM:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {_gigabytes(free)} left")
-    hidden.mkdir()
+    for i in itertools.count():  # a leftover that can't be deleted is no reason never to save again
+        hidden = directory / f".{checkpoint_name(save.step)}.{i}.tmp"
+        if not hidden.exists():
+            hidden.mkdir()
+            return hidden
 
 
 def clear_leftovers(directory: Path) -> None:
     """Delete what a killed run left of saves and deletions. Local; nobody else may be saving there.
 
-    Raises:
-        OSError: something can't be deleted.
+    What can't be deleted is logged and left: a reader on a network file system may hold a file for a while.
     """
     for stale in [*directory.glob(".step_*.tmp"), *directory.glob(".step_*.deleted")]:
-        shutil.rmtree(stale)
+        _remove(stale)
     for name in ROLLING_NAMES:
-        (directory / f".{name}.tmp").unlink(missing_ok=True)
+        _remove(directory / f".{name}.tmp")
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, or a link and not what it points to; log what can't be deleted."""
+    try:
+        if path.is_symlink():
+            path.unlink()
+        elif path.exists():
+            shutil.rmtree(path)
+    except OSError as error:
+        logger.warning("can't delete %s: %s", path, error)
 
 
 def _write_files(hidden: Path, pieces: Mapping[str, Mapping[str, Piece]]) -> tuple[dict, dict]:
@@ -381,6 +424,8 @@ def _write_files(hidden: Path, pieces: Mapping[str, Mapping[str, Piece]]) -> tup
         Their entries in the manifest: {file: ...}, and {kind: {name: (shape, piece)}}.
     """
 
+    files = {kind: f"{kind}_{host.rank():05d}.safetensors" for kind, part in pieces.items() if part}
+
     def write(kind: str) -> dict[str, Any]:
         # A whole tensor keeps its shape: the files are then plain safetensors for everyone else.
         tensors = {
@@ -389,9 +434,7 @@ def _write_files(hidden: Path, pieces: Mapping[str, Mapping[str, Piece]]) -> tup
         }
         return write_safetensors(hidden / files[kind], tensors)
 
-    files = {kind: f"{kind}_{host.rank():05d}.safetensors" for kind, part in pieces.items() if part}
-    with ThreadPoolExecutor(max_workers=max(len(files), 1)) as threads:
-        written = dict(zip(files.values(), threads.map(write, files), strict=True))
+    written = dict(zip(files.values(), side_by_side(write, files), strict=True))
     entries = {
         kind: {
             name: (list(piece.shape), {"file": file, "start": piece.start, "numel": piece.data.numel()})
@@ -404,15 +447,19 @@ def _write_files(hidden: Path, pieces: Mapping[str, Mapping[str, Piece]]) -> tup
 
 def _publish(hidden: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest and give the folder its name, every step of it on the disk before the next."""
-    write_manifest(hidden, manifest)
+    serial = 1 + max((one.serial for one in summaries(final.parent)), default=0)
+    write_manifest(hidden, {"serial": serial, **manifest})
     sync_folder(hidden)
     old = final.parent / f".{final.name}.old"
     if final.exists():
         final.rename(old)
     hidden.rename(final)
-    sync_folder(final.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    # From here on the checkpoint is there, whatever else fails.
+    try:
+        sync_folder(final.parent)
+    except OSError as error:
+        logger.warning("can't wait for the name of %s to be on the disk: %s", final, error)
+    _remove(old)
 
 
 def _undo_interrupted_replacements(directory: Path) -> None:
@@ -420,7 +467,7 @@ def _undo_interrupted_replacements(directory: Path) -> None:
     for old in directory.glob(".step_*.old"):
         final = directory / old.name.removeprefix(".").removesuffix(".old")
         if final.exists():
-            shutil.rmtree(old)
+            _remove(old)
         else:
             old.rename(final)
             sync_folder(directory)
@@ -430,4 +477,4 @@ def _delete(path: Path) -> None:
     """Delete a checkpoint that is at no moment half there."""
     doomed = path.parent / f".{path.name}.deleted"
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    _remove(doomed)

@@ -10,7 +10,8 @@ manifest.json:
 
     format, version         "megaslm-checkpoint", 2
     sha256                  of the manifest itself, with zeros in this place
-    written                 when, UTC, ISO 8601 with microseconds (sorts as text)
+    serial                  one more than the largest in the folder: the order of saves, whatever the clocks say
+    written                 when, UTC, ISO 8601
     step                    optimizer steps made
     code                    versions that wrote it
     run_config              the resolved run config
@@ -38,7 +39,6 @@ import json
 import os
 import struct
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 
 from megaslm.errors import UserError
+from megaslm.files import side_by_side
 from megaslm.parallel import host
 
 FORMAT = "megaslm-checkpoint"
@@ -58,6 +59,7 @@ WEIGHTS = "weights"
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 HASH_PLACE = "0" * 64
 CHUNK = 64 * 2**20  # bytes that are written, then hashed, at a time
+FILES_AT_A_TIME = 8  # that are verified side by side
 
 
 class DamagedCheckpoint(UserError):
@@ -266,6 +268,15 @@ class Checkpoint:
             return self.read(name, kind).view(-1)[start:stop]
         return self._read_pieces(name, pieces, start, stop)
 
+    def hold(self) -> None:
+        """Open every file now: what is open can be read to the end, even if another process deletes the folder.
+
+        Raises:
+            DamagedCheckpoint: a file can't be opened.
+        """
+        for file in self.manifest["files"]:
+            self._open(file)
+
     def close(self) -> None:
         """Let go of the files, which else keep their room on the disk when deleted; a later read opens them again."""
         self.__dict__.pop("_files", None)
@@ -273,6 +284,14 @@ class Checkpoint:
     @cached_property
     def _files(self) -> dict[str, Any]:
         return {}
+
+    def _open(self, file: str):
+        if file not in self._files:
+            try:
+                self._files[file] = safetensors.safe_open(self.path / file, framework="pt")
+            except (OSError, safetensors.SafetensorError) as error:
+                raise DamagedCheckpoint(f"checkpoint {self.path} is damaged: {file} can't be read ({error})") from error
+        return self._files[file]
 
     def _read_pieces(self, name: str, pieces: list[dict[str, Any]], start: int, stop: int) -> Tensor:
         """Elements [start, stop) of what the pieces make up, flattened."""
@@ -287,12 +306,10 @@ class Checkpoint:
     def _read_piece(self, file: str, name: str, first: int, last: int) -> Tensor:
         """Elements [first, last) of one stored tensor, flattened."""
         try:
-            if file not in self._files:
-                self._files[file] = safetensors.safe_open(self.path / file, framework="pt")
-            stored = self._files[file].get_slice(name)
+            stored = self._open(file).get_slice(name)
             shape = stored.get_shape()
             if not shape:
-                return self._files[file].get_tensor(name).view(1)
+                return self._open(file).get_tensor(name).view(1)
             width = torch.Size(shape[1:]).numel()
             top = first // width
             rows = stored[top : -(-last // width)]
@@ -308,26 +325,27 @@ def find_damage(folder: Path, name: str, expected: dict[str, Any], read: bool) -
         expected: its entry in the manifest, {"bytes", "sha256"}.
         read: compare the hash too; else the size alone.
     """
-    path = folder / name
-    with contextlib.suppress(FileNotFoundError):
-        size = path.stat().st_size
+    try:
+        size = (folder / name).stat().st_size
         if size != expected["bytes"]:
             return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
-        if not read:
-            return None
-        try:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            return f"{name} can't be read ({error.strerror})"
-        return None if digest == expected["sha256"] else f"{name} is not what was written (hash differs)"
-    return f"{name} is missing"
+        if read:
+            with open(folder / name, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                    return f"{name} is not what was written (hash differs)"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} can't be read ({error.strerror})"
+    return None
 
 
 def find_damages(folder: Path, manifest: dict[str, Any], names: list[str], read: bool) -> dict[str, str]:
     """What is wrong with those of the named files that are at fault."""
-    with ThreadPoolExecutor() as threads:  # hashing leaves the interpreter's lock alone
-        found = threads.map(lambda name: find_damage(folder, name, manifest["files"][name], read), names)
+    found: list[str | None] = []
+    for start in range(0, len(names), FILES_AT_A_TIME):
+        some = names[start : start + FILES_AT_A_TIME]
+        found += side_by_side(lambda name: find_damage(folder, name, manifest["files"][name], read), some)
     return {name: damage for name, damage in zip(names, found, strict=True) if damage}
 
 
@@ -337,15 +355,20 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
     Collective with `verify` (the ranks share the reading), local without.
 
     Args:
+        path: the folder, or a link such as lm_current: what it means now, even if the name moves on while we read.
         verify: compare the sha256 of every file; else sizes alone.
 
     Raises:
-        DamagedCheckpoint: names the file at fault.
+        DamagedCheckpoint: names the files at fault.
         UserError: no checkpoint, a foreign one (says what it looks like), or one of a newer version.
     """
-    path = Path(path)
-    if path.is_symlink():  # lm_current: the folder that it means now, even if the name moves on while we read
-        path = path.parent / os.readlink(path)
+
+    def follow() -> Path:
+        given = Path(path)
+        return given.parent / os.readlink(given) if given.is_symlink() else given
+
+    # One rank's answer for all: the others may look a moment later.
+    path = host.on_first(follow) if verify else follow()
 
     def inspect() -> dict[str, Any]:
         manifest = read_manifest(path)
@@ -360,4 +383,6 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
     manifest, failures = host.try_together(inspect)
     if failures:
         raise failures[0][1]
+    if len(set(host.gather(manifest["sha256"]))) > 1:
+        raise UserError(f"the ranks do not see the same checkpoint {path}: it was replaced meanwhile; start again")
     return Checkpoint(path, manifest)

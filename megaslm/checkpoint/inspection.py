@@ -320,7 +320,7 @@ def _find_directory(path: Path) -> Path | None:
         if list_checkpoints(directory):
             return directory
         if leftovers := _leftovers(directory):
-            raise UserError(f"{directory} holds no complete checkpoint, only {', '.join(leftovers)} of cut off saves")
+            raise UserError(f"{directory} holds no checkpoint under its name, only {', '.join(leftovers)}")
     if (path / "checkpoints").is_dir() or (checkpoint_step(path) is None and not any(path.iterdir())):
         raise UserError(f"{path} holds no checkpoints")
     return None

@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megaslm.checkpoint.buffers import HostBuffers
 from megaslm.checkpoint.folder import write_checkpoint
 from megaslm.checkpoint.format import ADAM_MOMENTS, WEIGHTS, Checkpoint, Piece
 from megaslm.errors import UserError
@@ -29,9 +31,16 @@ def _engine_state(engine):
     return EngineState(engine)
 
 
+class NoHostMemory(UserError):
+    """A rank has no room for a copy of its state; without one, the state can be saved while the training waits."""
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """One rank's part of a checkpoint, as taken at a step; `write` puts it on the disk."""
+    """One rank's part of a checkpoint, as taken at a step; `write` puts it on the disk.
+
+    pieces: {kind: {parameter: piece}}; manifest: what the manifest says of the run, arguments of `write_checkpoint`.
+    """
 
     directory: Path
     pieces: dict[str, dict[str, Piece]]
@@ -56,7 +65,7 @@ def take_snapshot(
     global_state: dict[str, Any],
     marks: dict[str, Any] | None = None,
     weights_only: bool = False,
-    copy: bool = True,
+    buffers: HostBuffers | None = None,
 ) -> Snapshot:
     """Take the engine's state as it is now. Collective.
 
@@ -71,11 +80,12 @@ def take_snapshot(
         global_state: the training loop's own state (samples consumed, ...), plain JSON values, alike on all ranks.
         marks: what retention goes by, see format.py.
         weights_only: leave out the optimizer's state.
-        copy: to host memory (12 bytes a parameter, over all ranks together), so that training may go on while it is
-            written. Without, it must be written before the next step.
+        buffers: copy the state there, 12 bytes a parameter over all ranks together, so that training may go on while
+            it is written. Without, it must be written before the next step.
 
     Raises:
         UserError: the engine is of a kind that is not supported.
+        NoHostMemory: a rank has no room for the copy.
     """
     # A copy, which the run can't change while it is written; and a TypeError here, before anything is.
     run_config, global_state, marks = json.loads(json.dumps([run_config, global_state, marks]))
@@ -97,7 +107,24 @@ def take_snapshot(
         "marks": marks,
         "optimizer": optimizer,
     }
-    return Snapshot(Path(directory), {kind: state.pieces(kind, copy=copy) for kind in kinds}, manifest)
+    take = partial(_take_pieces, state, kinds, buffers)
+    if buffers is None:
+        return Snapshot(Path(directory), take(), manifest)
+    pieces, failures = host.try_together(take)
+    if not failures:
+        return Snapshot(Path(directory), pieces, manifest)
+    rank, error = failures[0]
+    if isinstance(error, (MemoryError, RuntimeError)):  # torch has no type of its own for host memory
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        raise NoHostMemory(f"rank {rank} could not copy its state to host memory ({text})") from error
+    raise error
+
+
+def _take_pieces(state, kinds: tuple[str, ...], buffers: HostBuffers | None) -> dict[str, dict[str, Piece]]:
+    pieces = {kind: state.pieces(kind, buffers) for kind in kinds}
+    if buffers is not None:
+        buffers.wait()
+    return pieces
 
 
 def save_checkpoint(directory: str | Path, engine, **options: Any) -> Path:
@@ -110,7 +137,7 @@ def save_checkpoint(directory: str | Path, engine, **options: Any) -> Path:
         UserError: the engine is of a kind that is not supported.
         SaveFailed: see `Snapshot.write`.
     """
-    return take_snapshot(directory, engine, **options, copy=False).write()
+    return take_snapshot(directory, engine, **options).write()
 
 
 def restore(checkpoint: Checkpoint, engine, *, weights_only: bool = False) -> dict[str, Any]:

@@ -38,11 +38,12 @@ def new_group() -> dist.ProcessGroup | None:
 @contextlib.contextmanager
 def using(group: dist.ProcessGroup | None) -> Iterator[None]:
     """In this thread alone, send the messages over `group`."""
+    before = _current()
     _of_thread.group = group
     try:
         yield
     finally:
-        del _of_thread.group
+        _of_thread.group = before
 
 
 def _current() -> dist.ProcessGroup | None:

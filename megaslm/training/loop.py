@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from megaslm.checkpoint import Checkpoint, Snapshot, restore, take_snapshot
+from megaslm.checkpoint import Checkpoint, HostBuffers, Snapshot, restore, take_snapshot
 from megaslm.generation import sample_tokens
 from megaslm.model import count_parameters, flops_per_token
 from megaslm.parallel import host
@@ -21,7 +21,7 @@ from megaslm.training.engine import TrainingEngine
 from megaslm.training.evaluation import Evaluation, evaluate
 from megaslm.training.metrics import MetricsLog, Stopwatch, read_metrics
 from megaslm.training.preparation import Plan, identity
-from megaslm.training.run_dir import environment, lock_run_dir, open_run_dir, write_json
+from megaslm.training.run_dir import RunLock, environment, open_run_dir, write_json
 from megaslm.training.saving import Saving
 from megaslm.training.schedule import learning_rate
 from megaslm.training.start import InitialWeights
@@ -48,8 +48,8 @@ class Progress:
 class Training:
     """One process's part in a run: `go` from a checkpoint, or from the start, to the end or to a stop."""
 
-    def __init__(self, plan: Plan, engine: TrainingEngine):
-        self.plan = plan
+    def __init__(self, plan: Plan, engine: TrainingEngine, lock: RunLock):
+        self.plan, self.lock = plan, lock
         self.run, self.data, self.ranks, self.say = plan.run, plan.data, plan.ranks, plan.say
         self.engine = engine
         self.run_dir = plan.options.run_dir
@@ -98,7 +98,7 @@ class Training:
 
     def _open_run_dir(self) -> None:
         """On rank 0: take the folder, write what is known before the first step, open the metrics."""
-        self.lock = lock_run_dir(self.run_dir)
+        self.lock.take()
         facts = environment(self.ranks, self.plan.precision)
         open_run_dir(self.run_dir, self.run, self.plan.engine_config, facts, self.progress.step)
         # An evaluation that is made up for may have been logged before a kill.
@@ -251,11 +251,9 @@ class Training:
     def _save(self, last: bool = False) -> None:
         """Save this step, once; the step waits for a copy to host memory, or to the end where it is the last."""
         with self.watch.paused():
-            if self.log is not None:
-                self.log.flush()
             self.saving.save(self.progress.step, self._snapshot, last)
 
-    def _snapshot(self, copy: bool) -> Snapshot:
+    def _snapshot(self, buffers: HostBuffers | None) -> Snapshot:
         progress = self.progress
         # Afterwards rank 0 carries the sum of all ranks, here as in a run that continues from this checkpoint.
         progress.interval_loss = float(self.ranks.sum(self.interval_losses))
@@ -275,7 +273,7 @@ class Training:
                 "data": self.data.training.state(),
             },
             marks={"validation_loss": loss, "epoch": self._ended_epoch()},
-            copy=copy,
+            buffers=buffers,
         )
 
     def _finish(self, reason: str | None) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megaslm.checkpoint import check_engine
+from megaslm.checkpoint import check_engine, clear_leftovers
 from megaslm.config import RunConfig, zero_stage
 from megaslm.errors import UserError
 from megaslm.model import build_model
@@ -14,7 +14,7 @@ from megaslm.training import report
 from megaslm.training.engine import DTYPES, TrainingEngine, compile_blocks, first_line
 from megaslm.training.loop import Training, dry_run
 from megaslm.training.preparation import Options, Plan, make_plan
-from megaslm.training.saving import clear_finished
+from megaslm.training.run_dir import RunLock
 from megaslm.training.start import find_checkpoint, find_weights
 
 LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed", "NCCL")
@@ -28,19 +28,22 @@ def train(run: RunConfig, engine_file: dict, options: Options) -> None:
     joined_here = not torch.distributed.is_initialized()
     ranks = init_distributed()
     plan = make_plan(run, engine_file, options, ranks)
-    checkpoint = None if options.dry_run else find_checkpoint(plan)
-    weights = find_weights(plan) if options.resume == "weights" and checkpoint is None else None
-    if checkpoint is not None and checkpoint.step >= plan.steps:
-        host.on_first(lambda: clear_finished(options.run_dir))
-        plan.say(report.finished(plan, checkpoint.step))
-    else:
-        with understood_errors(plan):
-            engine, compiled = build_engine(plan)
-            plan.say(report.header(plan, compiled))
-            if options.dry_run:
-                plan.say(dry_run(plan, engine))
-            else:
-                Training(plan, engine).go(checkpoint, weights)
+    with RunLock(options.run_dir) as lock:
+        # Before the look at what it holds: a run that is about to end may still save there.
+        host.on_first(lambda: lock.take() if options.run_dir.is_dir() and not options.dry_run else None)
+        checkpoint = None if options.dry_run else find_checkpoint(plan)
+        weights = find_weights(plan) if options.resume == "weights" and checkpoint is None else None
+        if checkpoint is not None and checkpoint.step >= plan.steps:
+            host.on_first(lambda: clear_leftovers(options.run_dir / "checkpoints"))  # no save is to come that would
+            plan.say(report.finished(plan, checkpoint.step))
+        else:
+            with understood_errors(plan):
+                engine, compiled = build_engine(plan)
+                plan.say(report.header(plan, compiled))
+                if options.dry_run:
+                    plan.say(dry_run(plan, engine))
+                else:
+                    Training(plan, engine, lock).go(checkpoint, weights)
     # Only at a good end: after a failure the other ranks may be gone, and this would wait for them. A caller's group
     # stays, since DeepSpeed cannot be set up again in a process whose first group is gone.
     if joined_here:

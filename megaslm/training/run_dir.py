@@ -71,29 +71,51 @@ def write_json(path: Path, value: object) -> None:
     os.replace(temporary, path)
 
 
-def lock_run_dir(run_dir: Path) -> IO:
-    """Take the folder for this process; the lock ends with the returned file or with the process.
+class RunLock:
+    """The run folder, taken for this process until the end of the `with`, or of the process. Used by rank 0.
 
-    Raises UserError while another run writes there: both would delete each other's half-written checkpoints.
+    Two runs in one folder would delete each other's half-written checkpoints.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / ".lock").open("a+")
-    except OSError as error:
-        raise _cannot_write(run_dir, error) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise UserError(
-            f"{run_dir} is in use by another run ({file.read().strip()}); wait for its end, or choose another --run_dir"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
+
+    def __init__(self, run_dir: Path):
+        self._run_dir = run_dir
+        self._file: IO | None = None
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def take(self) -> None:
+        """Take it, if that is not done yet; makes the folder.
+
+        Raises:
+            UserError: another run has it, or it can't be written.
+        """
+        if self._file is not None:
+            return
+        try:
+            self._run_dir.mkdir(parents=True, exist_ok=True)
+            file = (self._run_dir / ".lock").open("a+")
+        except OSError as error:
+            raise _cannot_write(self._run_dir, error) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{self._run_dir} is in use by another run ({file.read().strip()}); wait for its end, "
+                "or choose another --run_dir"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        self._file = file
 
 
 def open_run_dir(run_dir: Path, run: RunConfig, engine_config: dict, facts: dict, step: int) -> None:

@@ -1,6 +1,7 @@
 """Where a run starts: at its own newest checkpoint, at the weights of another run, or from nothing."""
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def find_checkpoint(plan: Plan) -> Checkpoint | None:
         state = checkpoint.global_state
         check_compatible(state["identity"], identity(plan.run, plan.data))
         origin = state["progress"]["weights_from"]
-        if options.resume == "weights" and (origin or {}).get("from") != str(options.weights_from.resolve()):
+        if options.resume == "weights" and (origin or {}).get("from") != os.path.abspath(options.weights_from):
             start = f"from the weights of {origin['from']}" if origin else "without given weights"
             raise UserError(
                 f"{options.run_dir} holds a run that started {start}; to continue it, leave out --resume weights; "
@@ -69,6 +70,7 @@ def find_weights(plan: Plan) -> InitialWeights:
     directory = host.on_first(lambda: next(filter(list_checkpoints, (source / "checkpoints", source)), None))
     # The other run may be writing there: nothing is put in order.
     checkpoint = latest_sound(directory, report=plan.say, repair=False) if directory else open_checkpoint(source)
+    host.together(checkpoint.hold)  # its run may delete it before the engine is built
     state = checkpoint.global_state.get("identity", {})
     here = identity(plan.run, plan.data)
     tokenizers = state.get("tokenizer"), here["tokenizer"]
@@ -83,7 +85,7 @@ def find_weights(plan: Plan) -> InitialWeights:
         if name.startswith("model.") and json.dumps(state[name]) != json.dumps(here[name])
     ]
     origin = {
-        "from": str(source.resolve()),
+        "from": os.path.abspath(source),  # a link such as lm_current stays one: it may move on
         "checkpoint": str(checkpoint.path),
         "step": checkpoint.step,
         "sha256": checkpoint.manifest["sha256"],

@@ -9,29 +9,16 @@ import os
 import signal
 import time
 
-import psutil
 import torch
 import torch.distributed as dist
 
+from megaslm import launchers
 from megaslm.parallel import Ranks
 
 # Codes that travel between the ranks; a signal travels as its own number.
 RUNNING, TIME_LIMIT, LAUNCHER_GONE = 0, 1001, 1002
 LOOK_INTERVAL_SECONDS = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-def _launchers() -> list[int]:
-    """Process ids of the launcher that started this rank and, under deepspeed, of the front end above it.
-
-    A SIGTERM to the front end ends it alone and leaves its launcher and the ranks to nobody.
-    """
-    launcher = os.getppid()
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(launcher)
-        if any("deepspeed" in part and "launch" in part for part in process.cmdline()):
-            return [launcher, process.ppid()]
-    return [launcher]
 
 
 class StopRequest:
@@ -42,7 +29,7 @@ class StopRequest:
         self._deadline = time.monotonic() + max_seconds if max_seconds else None
         self._reason = RUNNING
         # Without a launcher the parent is a shell, whose end (a closed terminal under nohup) is no reason to stop.
-        self._ancestors = _launchers() if ranks.launched else []
+        self._ancestors = launchers.AT_START if ranks.launched else []
         self._looked = time.monotonic()
         self._pending = None
         self._previous_handlers = {}
@@ -74,7 +61,7 @@ class StopRequest:
         if not self._ancestors or time.monotonic() - self._looked < LOOK_INTERVAL_SECONDS:
             return False
         self._looked = time.monotonic()
-        return self._ancestors != _launchers()[: len(self._ancestors)]
+        return self._ancestors != launchers.find_launchers()[: len(self._ancestors)]
 
     def _look(self) -> int:
         if self._reason == RUNNING:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from megaslm.checkpoint import latest_sound, list_checkpoints, open_checkpoint, restore, save_checkpoint
+from megaslm.checkpoint import HostBuffers, latest_sound, list_checkpoints, open_checkpoint, restore, save_checkpoint
 from megaslm.checkpoint.deepspeed_state import EngineState
 from megaslm.errors import UserError
 from megaslm.parallel import host
@@ -111,7 +111,9 @@ def fingerprint(engine) -> str:
     """Hash of every bit of the whole state, whatever its layout: weights, moments, step counts, decay, loss scaler."""
     state, digest = EngineState(engine), hashlib.sha256()
     for kind in ("weights", "exp_avg", "exp_avg_sq"):
-        mine = [(n, p.start, p.data.contiguous().numpy().tobytes()) for n, p in state.pieces(kind, copy=True).items()]
+        mine = [
+            (n, p.start, p.data.contiguous().numpy().tobytes()) for n, p in state.pieces(kind, HostBuffers()).items()
+        ]
         for _, _, data in sorted(piece for part in host.gather(mine) for piece in part):
             digest.update(data)
     digest.update(json.dumps([state.steps(), state.weight_decay(), state.loss_scaler()]).encode())

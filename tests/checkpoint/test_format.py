@@ -1,5 +1,6 @@
 """The folder on the disk: round trip, damage, foreign folders, interrupted saves, retention. No engine, one rank."""
 
+import errno
 import hashlib
 import itertools
 import json
@@ -15,6 +16,7 @@ from megaslm.checkpoint import (
     DamagedCheckpoint,
     Piece,
     Retention,
+    SaveFailed,
     apply_retention,
     check_compatible,
     latest_sound,
@@ -237,6 +239,59 @@ def test_killed_saves_leave_nothing_behind(tmp_path):
     assert latest_sound(tmp_path, print).step == 1
     write(tmp_path, 2)
     assert sorted(os.listdir(tmp_path)) == ["step_00000001", "step_00000002"]
+
+
+def test_what_cannot_be_deleted_stops_no_save(tmp_path):
+    """A checkpoint that was moved to another disk, with a link left in its place: the link goes, and nothing else."""
+    elsewhere = write(tmp_path / "elsewhere", 1)
+    directory = tmp_path / "checkpoints"
+    directory.mkdir()
+    (directory / "step_00000001").symlink_to(elsewhere)
+    (directory / ".step_00000002.0.tmp").write_text("a file, which is no folder")
+    write(directory, 2)
+    write(directory, 3)
+    assert kept(directory, keep_last=1) == [3]
+    assert open_checkpoint(elsewhere).step == 1
+    write(directory, 4)
+    assert latest_sound(directory, print).step == 4
+
+
+def test_what_cannot_be_read_or_is_not_ours_is_never_deleted(tmp_path):
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step, marks={"epoch": 1} if step == 1 else None)
+    (tmp_path / "step_00000001" / "manifest.json").write_bytes(b"{}")  # as of a disk that is away for a while
+    (tmp_path / "step_00000150").mkdir()
+    (tmp_path / "step_00000150" / "notes.txt").write_text("mine")
+    assert kept(tmp_path, keep_last=1) == [1, 4, 150]
+
+
+def test_a_checkpoint_that_has_its_name_is_saved_whatever_fails_then(tmp_path, monkeypatch):
+    """A file system that can't sync folders."""
+
+    def refuse(folder):
+        if folder == tmp_path:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(folder_module, "sync_folder", refuse)
+    assert open_checkpoint(write(tmp_path, 1)).step == 1
+
+
+def test_a_folder_that_is_gone_is_a_save_that_failed(tmp_path, monkeypatch):
+    def gone(directory):
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    monkeypatch.setattr(folder_module, "_undo_interrupted_replacements", gone)
+    monkeypatch.setattr(folder_module, "list_checkpoints", gone)
+    with pytest.raises(SaveFailed, match="Transport endpoint.*which checkpoints are there can't be seen"):
+        write(tmp_path, 1)
+
+
+def test_a_message_names_the_last_one_that_is_sound(tmp_path, monkeypatch):
+    for step in (1, 9, 2):  # after a fall back from step 9
+        write(tmp_path, step)
+    monkeypatch.setattr(folder_module, "_publish", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(SaveFailed, match="the last sound checkpoint is step_00000002"):
+        write(tmp_path, 3)
 
 
 def test_same_step_is_replaced(tmp_path):

@@ -2,20 +2,23 @@
 
 import hashlib
 import json
+import math
 import resource
 import shutil
 from pathlib import Path
 
 import pytest
 
-from megaslm.data import ascii_tokenizer
+from megaslm.config import ModelConfig
+from megaslm.data import ascii_tokenizer, build_token_file, character_tokenizer, load_tokenizer
+from megaslm.data.sources import TextSource
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Every file of a folder with its hash."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    """Every file of a folder with its hash; not the lock, which says who looked at it last."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -198,12 +201,93 @@ def test_a_foreign_checkpoint(command, folder, go_on):
     assert contents(folder) == before
 
 
-def test_the_folder_of_another_run_names_what_differs_and_nothing_else(command, folder, go_on):
+# What may not change over a run, each with a value of the run in `folder` and another one.
+OTHER_MODEL = {
+    "vocab_size": (16, 20),
+    "context_length": (32, 64),
+    "num_layers": (2, 3),
+    "hidden_size": (32, 48),
+    "num_heads": (4, 6),
+    "num_kv_heads": (2, 3),
+    "head_dim": (8, 16),
+    "ffn_hidden_size": (64, 96),
+    "norm": ("rmsnorm", "layernorm"),
+    "norm_eps": (1e-5, 1e-6),
+    "qk_norm": (True, False),
+    "rope_theta": (10000.0, 500.0),
+    "rope_fraction": (1.0, 0.5),
+    "rope_scaling": ("none", "linear"),
+    "rope_scaling_factor": (1.0, 2.0),
+    "feed_forward": ("swiglu", "gelu"),
+    "parallel_residual": (False, True),
+    "bias": (False, True),
+    "tie_embeddings": (False, True),
+    "init_std": (math.sqrt(2 / (5 * 32)), 0.02),
+    "position": ("rope", "learned"),
+}
+OTHER_RUNS = {
+    # Learned positions leave no room for settings of the rotary ones.
+    "model": {f"model.{key}": values for key, values in OTHER_MODEL.items() if key != "position"},
+    "position": {"model.position": OTHER_MODEL["position"]},
+    "layers": {"model.num_layers": (2, 3)},
+    "several": {"model.ffn_hidden_size": (64, 96), "train.seed": (1234, 5)},
+    "seed": {"train.seed": (1234, 5)},
+    "global batch": {"train.global_batch_size": (8, 16)},
+    "sequence length": {"data.seq_length": (32, 16)},
+}
+
+
+@pytest.mark.parametrize("changed", OTHER_RUNS.values(), ids=OTHER_RUNS)
+def test_the_folder_of_another_run_names_what_differs_and_nothing_else(command, folder, go_on, changed):
     before = contents(folder)
-    message = command(*go_on, "model.ffn_hidden_size=96", "train.seed=5").message()
-    assert "model.ffn_hidden_size was 64 and is 96" in message
-    assert "train.seed was 1234 and is 5" in message
-    assert "data." not in message and "num_layers" not in message and "tokenizer" not in message
+    message = command(*go_on, *(f"{name}={json.dumps(other)}" for name, (_, other) in changed.items())).message()
+    assert "the checkpoint is of another run: " in message and "Set these back" in message
+    differences = {
+        name: f"{name} was {json.dumps(ours)} and is {json.dumps(other)}" for name, (ours, other) in changed.items()
+    }
+    if "model.context_length" in changed:  # which the sequences fill
+        differences["data.seq_length"] = "data.seq_length was 32 and is 64"
+    named = message.partition("another run: ")[2].partition(". Set these back")[0]
+    assert named.split("; ") == [differences[name] for name in sorted(differences)]
+    assert contents(folder) == before
+
+
+def test_no_setting_of_the_model_is_forgotten():
+    assert OTHER_MODEL.keys() == ModelConfig.model_fields.keys()
+
+
+@pytest.fixture
+def tokenized(corpus, tmp_path):
+    """tokenized(text, tokenizer) -> overrides for token files of another text, or by another tokenizer."""
+
+    def build(text: Path, tokenizer) -> list[str]:
+        tokenizer.save(tmp_path / "tokenizer")
+        build_token_file(iter(TextSource([text])), tokenizer, str(tmp_path / "other"))
+        return [f"data.train={tmp_path}/other", f"tokenizer.path={tmp_path}/tokenizer"]
+
+    return build
+
+
+def test_another_tokenizer_is_another_run(command, corpus, folder, go_on, tokenized):
+    """One of as many symbols: the shapes of the weights would not tell."""
+    ours = load_tokenizer(corpus.tokenizer)
+    symbols = ours.decode(range(ours.vocab_size))
+    assert "d" in symbols and "z" not in symbols
+    other = character_tokenizer([symbols.replace("d", "z")])
+    assert other.vocab_size == ours.vocab_size
+    before = contents(folder)
+    message = command(*go_on, *tokenized(corpus.text, other)).message()
+    assert f'of another run: tokenizer was "{ours.fingerprint}" and is "{other.fingerprint}". Set' in message
+    assert contents(folder) == before
+
+
+def test_another_text_is_another_run(command, corpus, folder, go_on, tokenized, tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(reversed(corpus.text.read_text().splitlines(keepends=True))))
+    before = contents(folder)
+    message = command(*go_on, *tokenized(text, load_tokenizer(corpus.tokenizer))).message()
+    assert f"dataset 0, {tmp_path}/other, is not what the checkpoint was trained on ({corpus.prefix})" in message
+    assert "its fingerprint is " in message and "another run" not in message
     assert contents(folder) == before
 
 

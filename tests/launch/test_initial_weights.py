@@ -32,7 +32,11 @@ def start_from(command, preset, tmp_path):
 
 
 def contents(folder) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def test_a_new_run_has_the_weights_and_nothing_else_of_the_old_one(start_from, source, metrics, tmp_path):
@@ -93,6 +97,19 @@ def test_the_newest_sound_one_of_a_damaged_run_is_taken(start_from, source, tmp_
     result = start_from(damaged)
     assert result.code == 0 and "weights_00000.safetensors has 1 bytes" in result.out
     assert f"a new run from the weights of {damaged}/checkpoints/step_00000005" in result.out
+
+
+def test_a_link_stays_the_same_source_when_it_moves_on(start_from, source, tmp_path):
+    link = source / "checkpoints" / "lm_current"
+    link.symlink_to("step_00000005")
+    try:
+        assert "/step_00000005" in start_from(link, "train.max_steps=3", "schedule.horizon_steps=6").out
+        link.unlink()
+        link.symlink_to("step_00000010")
+        again = start_from(link, "schedule.horizon_steps=6")
+        assert again.code == 0 and "continuing from" in again.out, again.err
+    finally:
+        link.unlink()
 
 
 @pytest.mark.parametrize("inside", ["", "checkpoints", "checkpoints/step_00000005"])

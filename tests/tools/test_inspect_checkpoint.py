@@ -308,7 +308,7 @@ def test_mistakes_are_one_message(tmp_path, tool):
         ([tmp_path / "foreign"], "it looks like a DeepSpeed checkpoint"),
         ([tmp_path / "empty"], "empty holds no checkpoints"),
         ([tmp_path / "new"], "new holds no checkpoints"),
-        ([tmp_path / "cut"], "no complete checkpoint, only .step_00000001.tmp"),
+        ([tmp_path / "cut"], "no checkpoint under its name, only .step_00000001.tmp"),
         ([newer], "format version 3, this megaslm reads 2"),
         ([tmp_path / ("x" * 300)], "can't read"),
         ([sound, tmp_path / "foreign"], "it looks like a DeepSpeed checkpoint"),
