@@ -251,6 +251,8 @@ class Training:
     def _save(self, last: bool = False) -> None:
         """Save this step, once; the step waits for a copy to host memory, or to the end where it is the last."""
         with self.watch.paused():
+            if self.log is not None:
+                self.log.flush()
             self.saving.save(self.progress.step, self._snapshot, last)
 
     def _snapshot(self, buffers: HostBuffers | None) -> Snapshot:

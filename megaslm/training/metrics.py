@@ -98,6 +98,12 @@ class MetricsLog:
             if self._wandb is not None:
                 self._wandb.log({"sample": text, "step": step})
 
+    def flush(self) -> None:
+        """Hand everything over to the system: what a checkpoint has behind it must outlive a kill after it."""
+        with self._surviving():
+            if self._tensorboard is not None:  # which else waits for up to two minutes
+                self._tensorboard.flush()
+
     def close(self) -> None:
         with self._surviving():
             self._file.close()
