@@ -3,46 +3,29 @@
 import contextlib
 import gc
 import math
-import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import numpy as np
 import torch
 
 from megaslm.checkpoint import Checkpoint, HostBuffers, Snapshot, restore, take_snapshot
 from megaslm.generation import sample_tokens
-from megaslm.model import count_parameters, flops_per_token
+from megaslm.model import flops_per_token
 from megaslm.parallel import host
 from megaslm.training import report
 from megaslm.training.batches import step_batches, to_device
 from megaslm.training.device import memory_used, peak_flops
 from megaslm.training.engine import TrainingEngine
 from megaslm.training.evaluation import Evaluation, evaluate
-from megaslm.training.metrics import MetricsLog, Stopwatch, read_metrics
+from megaslm.training.metrics import MetricsLog, Stopwatch
 from megaslm.training.preparation import Plan, identity
-from megaslm.training.run_dir import RunLock, environment, open_run_dir, write_json
+from megaslm.training.progress import Progress, conclude
+from megaslm.training.run_dir import RunLock, environment, open_run_dir
 from megaslm.training.saving import Saving
 from megaslm.training.schedule import learning_rate
 from megaslm.training.start import InitialWeights
 from megaslm.training.stop import StopRequest
-
-
-@dataclass
-class Progress:
-    """Where a run stands. Everything here goes into the checkpoint; samples is the whole state of the data."""
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    skipped_steps: int = 0
-    seconds: float = 0.0
-    best_loss: float | None = None
-    best_step: int | None = None
-    interval_loss: float = 0.0
-    interval_targets: int = 0
-    evaluation_due: bool = False  # a stop came before the evaluation of this step
-    weights_from: dict | None = None  # of --resume weights: where the initial weights came from
 
 
 class Training:
@@ -88,7 +71,9 @@ class Training:
                 if self.progress.evaluation_due:
                     self._evaluate()
                 reason = self._loop(stop)
-            self._finish(reason)
+            self.progress.seconds = time.perf_counter() - self.started
+            if self.ranks.is_first:
+                conclude(self.plan, self.progress, reason)
         except Exception:
             self.saving.finish_running()
             raise
@@ -277,40 +262,6 @@ class Training:
             marks={"validation_loss": loss, "epoch": self._ended_epoch()},
             buffers=buffers,
         )
-
-    def _finish(self, reason: str | None) -> None:
-        """Summary and curves, on rank 0."""
-        if self.log is None:
-            return
-        progress, last = self.progress, self.last_evaluation
-        train = [r for r in read_metrics(self.run_dir / "metrics.jsonl") if r["kind"] == "train"]
-        summary = {
-            "stopped_by": reason or "end of the run",
-            "steps": progress.step,
-            "total_steps": self.plan.steps,
-            "tokens": progress.tokens,
-            "seconds": time.perf_counter() - self.started,
-            "tokens_per_s": statistics.median(r["tokens_per_s"] for r in train) if train else None,
-            "train_loss": train[-1]["loss"] if train else None,
-            "validation_loss": last.loss if last and math.isfinite(last.loss) else None,
-            "perplexity": last.perplexity if last and math.isfinite(last.loss) else None,
-            "bits_per_byte": last.bits_per_byte if last and math.isfinite(last.loss) else None,
-            "best_validation_loss": progress.best_loss,
-            "best_step": progress.best_step,
-            "ln_vocabulary": math.log(self.run.model.vocab_size),
-            "skipped_steps": progress.skipped_steps,
-            "parameters": count_parameters(self.run.model),
-            **memory_used(self.ranks.device),
-        }
-        self.say(report.summary_table(summary))
-        try:
-            write_json(self.run_dir / "summary.json", summary)
-            if train:
-                self.say(f"curves: {report.write_curves(self.run_dir)}")
-        except OSError as error:
-            self.say(f"warning: summary and curves could not be written: {error}")
-        if reason is not None:
-            self.say(f"stopped by {reason} at step {progress.step} of {self.plan.steps}; the same command continues")
 
 
 def dry_run(plan: Plan, engine: TrainingEngine) -> str:

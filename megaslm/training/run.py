@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-from megaslm.checkpoint import check_engine, clear_leftovers
+from megaslm.checkpoint import Checkpoint, check_engine, clear_leftovers
 from megaslm.config import RunConfig, zero_stage
 from megaslm.errors import UserError
 from megaslm.model import build_model
@@ -14,6 +14,7 @@ from megaslm.training import report
 from megaslm.training.engine import DTYPES, TrainingEngine, compile_blocks, first_line
 from megaslm.training.loop import Training, dry_run
 from megaslm.training.preparation import Options, Plan, make_plan
+from megaslm.training.progress import Progress, conclude_late
 from megaslm.training.run_dir import RunLock
 from megaslm.training.start import find_checkpoint, find_weights
 
@@ -34,7 +35,7 @@ def train(run: RunConfig, engine_file: dict, options: Options) -> None:
         checkpoint = None if options.dry_run else find_checkpoint(plan)
         weights = find_weights(plan) if options.resume == "weights" and checkpoint is None else None
         if checkpoint is not None and checkpoint.step >= plan.steps:
-            host.on_first(lambda: clear_leftovers(options.run_dir / "checkpoints"))  # no save is to come that would
+            host.on_first(lambda: tidy_finished(plan, checkpoint))
             plan.say(report.finished(plan, checkpoint.step))
         else:
             with understood_errors(plan):
@@ -49,6 +50,12 @@ def train(run: RunConfig, engine_file: dict, options: Options) -> None:
     if joined_here:
         host.set_group(None)
         torch.distributed.destroy_process_group()
+
+
+def tidy_finished(plan: Plan, checkpoint: Checkpoint) -> None:
+    """What a kill after the last save left undone: no later step will do it."""
+    clear_leftovers(plan.options.run_dir / "checkpoints")
+    conclude_late(plan, Progress(**checkpoint.global_state["progress"]))
 
 
 def build_engine(plan: Plan) -> tuple[TrainingEngine, str]:

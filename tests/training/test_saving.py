@@ -1,5 +1,6 @@
 """Saves beside the training, what they hold, and which of them stay. One rank, in this process."""
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from megaslm.checkpoint import Snapshot, list_checkpoints, open_checkpoint
 from megaslm.config import load_run_config
 from megaslm.data import TrainingData
 from megaslm.errors import UserError
+from megaslm.training import loop
 from megaslm.training.engine import TrainingEngine
 
 PATIENCE = 30  # seconds, far more than two steps of a tiny model take
@@ -138,6 +140,26 @@ def test_a_run_that_fails_lets_the_save_under_way_end(command, preset, steps_of,
     message = command("--preset", preset, "--run_dir", tmp_path / "run", "checkpoint.interval=4").message()
     assert "a token that is none" in message
     assert steps_of() == [4]
+
+
+def test_a_run_that_was_killed_before_its_summary_gets_it(command, run, preset, monkeypatch, tmp_path):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    whole = ["train.max_steps=4", "logging.interval=2"]
+    run(*whole, name="whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "conclude", killed)
+        assert command("--preset", preset, "--run_dir", tmp_path / "run", *whole).code == 130
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert "is finished: step 4 of 4" in run(*whole).out
+    late, expected = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("run", "whole"))
+    measured = ("seconds", "tokens_per_s", "memory_bytes")
+    assert late.keys() == expected.keys()
+    assert {k: v for k, v in late.items() if k not in measured} == {
+        k: v for k, v in expected.items() if k not in measured
+    }
+    assert "parameters" not in run(*whole).out, "once is enough"
 
 
 def test_retention_of_a_run(run, steps_of, metrics, tmp_path):
