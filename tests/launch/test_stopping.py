@@ -140,6 +140,8 @@ def test_whoever_is_told_to_stop_all_ranks_save_and_leave(arguments, start, tmp_
     gone, left = psutil.wait_procs(family, timeout=40)
     assert left == [] and len(gone) >= 3, "a launcher and two ranks"
     text = "".join(out)
-    step = int(re.search(r"stopped by [\w ]+ at step (\d+) of 5000; the same command continues", text)[1])
+    stopped = re.search(r"stopped by [\w ]+ at step (\d+) of 5000; the same command continues", text)
+    assert stopped, text + process.stderr.read()
+    step = int(stopped[1])
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert open_checkpoint(checkpoint).step == step >= SEEN
