@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megaslm.checkpoint import Snapshot, list_checkpoints, open_checkpoint
+from megaslm.checkpoint import HostBuffers, Snapshot, list_checkpoints, open_checkpoint
 from megaslm.config import load_run_config
 from megaslm.data import TrainingData
 from megaslm.errors import UserError
@@ -107,6 +107,16 @@ def test_the_next_save_waits_for_the_last_one(run, steps_of, monkeypatch):
     monkeypatch.setattr(Snapshot, "write", slow)
     run("train.max_steps=6", "checkpoint.interval=1", "checkpoint.keep_last=9")
     assert most == [1] * 6 and steps_of() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_rank_without_room_for_the_copy_saves_while_training_waits(run, steps_of, monkeypatch):
+    def no_room(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(HostBuffers, "copy", no_room)
+    out = run("train.max_steps=6", "checkpoint.interval=3").out
+    assert "warning: rank 0 could not copy its state to host memory (MemoryError); training waits" in out
+    assert steps_of() == [3, 6] and "training waited" not in out
 
 
 def test_a_fault_of_ours_in_the_background_ends_the_run(command, preset, monkeypatch, tmp_path):
