@@ -349,6 +349,11 @@ def find_damages(folder: Path, manifest: dict[str, Any], names: list[str], read:
     return {name: damage for name, damage in zip(names, found, strict=True) if damage}
 
 
+def follow_link(path: Path) -> Path:
+    """The folder that a link such as lm_current means now, since the name may move on while we read; else `path`."""
+    return path.parent / os.readlink(path) if path.is_symlink() else path
+
+
 def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
     """Open one checkpoint folder, after a look at every file.
 
@@ -362,13 +367,9 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
         DamagedCheckpoint: names the files at fault.
         UserError: no checkpoint, a foreign one (says what it looks like), or one of a newer version.
     """
-
-    def follow() -> Path:
-        given = Path(path)
-        return given.parent / os.readlink(given) if given.is_symlink() else given
-
     # One rank's answer for all: the others may look a moment later.
-    path = host.on_first(follow) if verify else follow()
+    given = Path(path)
+    path = host.on_first(lambda: follow_link(given)) if verify else follow_link(given)
 
     def inspect() -> dict[str, Any]:
         manifest = read_manifest(path)

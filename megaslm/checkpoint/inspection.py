@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megaslm.checkpoint.folder import checkpoint_step, list_checkpoints
-from megaslm.checkpoint.format import MANIFEST, Checkpoint, DamagedCheckpoint, find_damages, read_manifest
+from megaslm.checkpoint.format import MANIFEST, Checkpoint, DamagedCheckpoint, find_damages, follow_link, read_manifest
 from megaslm.errors import UserError
 
 CHUNK = 2**22  # elements that are looked at in fp64 at a time
@@ -346,8 +346,7 @@ def _inspect_directory(directory: Path, quick: bool) -> FolderReport:
 
 def _look(path: Path, quick: bool, tensors: bool = False) -> tuple[CheckpointReport, Checkpoint | None]:
     """A report, and the checkpoint for reading, damaged or not; None if the manifest can't be read."""
-    if path.is_symlink():  # as open_checkpoint does: the name may move on while we read
-        path = path.parent / os.readlink(path)
+    path = follow_link(path)
     try:
         manifest = read_manifest(path)
     except DamagedCheckpoint as error:
