@@ -1,0 +1,64 @@
+"""One differentiable op from four functions: a Triton forward and backward, and the same two as PyTorch formulas.
+
+In eager mode the Triton functions run in a plain autograd.Function: a call through torch.library costs the host several
+times as much, which is more than the GPU's time at the sizes of small models. While torch.compile traces, the op is
+a registered one, opaque to the compiler: `megaslm::NAME` and `megaslm::NAME_backward`, Triton on CUDA, the formulas
+on the CPU. The formulas also tell the compiler the shapes.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+
+def register(
+    name: str,
+    forward: Callable,
+    backward: Callable,
+    forward_formula: Callable,
+    backward_formula: Callable,
+    save: Callable,
+    gradients: Callable,
+) -> Callable:
+    """A function of forward's arguments that returns its outputs and is differentiable, eager and compiled.
+
+    forward, backward: fully annotated, since torch.library reads the schema off them; they return new tensors, which
+        share no memory with an argument. forward_formula, backward_formula: the same in PyTorch operations; their
+        outputs have the shapes, types and strides of the former's.
+    save(ctx, inputs, output): keeps what backward needs, as in torch.autograd.Function.setup_context.
+    gradients(ctx, backward, *output_gradients): one gradient or None per input of forward.
+    """
+    registered = _registered(name, forward, forward_formula)
+    registered_backward = _registered(f"{name}_backward", backward, backward_formula)
+    registered.register_autograd(
+        lambda ctx, *output_gradients: gradients(ctx, registered_backward, *output_gradients), setup_context=save
+    )
+
+    class Eager(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            output = forward(*inputs)
+            save(ctx, inputs, output)
+            return output
+
+        @staticmethod
+        def backward(ctx, *output_gradients):
+            return gradients(ctx, backward, *output_gradients)
+
+    Eager.__name__ = Eager.__qualname__ = name
+
+    def op(*inputs):
+        if torch.compiler.is_compiling():
+            return registered(*inputs)
+        if torch.is_grad_enabled():
+            return Eager.apply(*inputs)
+        return forward(*inputs)
+
+    return op
+
+
+def _registered(name: str, implementation: Callable, formula: Callable) -> torch.library.CustomOpDef:
+    op = torch.library.custom_op(f"megaslm::{name}", implementation, mutates_args=(), device_types="cuda")
+    op.register_kernel("cpu", formula)
+    op.register_fake(formula)
+    return op

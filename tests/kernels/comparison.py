@@ -1,0 +1,63 @@
+"""An op against its reference: values, gradients, and what must not happen to its arguments."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Normal numbers that `dtype` holds exactly, so that every precision computes on the same input."""
+    generator = torch.Generator().manual_seed(hash((shape, seed)) & 0xFFFFFFFF)
+    return (torch.randn(shape, generator=generator) * scale).to(dtype)
+
+
+def assert_as_good_as_torch(
+    op: Callable, reference: Callable, inputs: list, *, differentiable: list[int] | None = None, atol: float = 1e-6
+) -> None:
+    """`op` errs, in every output and gradient, at most twice as much as `reference` in the same type, plus `atol`.
+
+    Errors are largest absolute differences from `reference` in fp64. Both are called with `inputs`; differentiable: the
+    positions of those whose gradient is compared (all floating tensors by default). Upstream gradients are random. Also
+    checked: the inputs are as they were, no output shares memory with an input, every gradient has something in it,
+    and a second backward pass over the same graph gives the same again, bit for bit.
+    """
+    if differentiable is None:
+        differentiable = [i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.is_floating_point()]
+    before = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+    ours, again = _run(op, inputs, differentiable, torch.Tensor.detach, twice=True)
+    theirs, _ = _run(reference, inputs, differentiable, torch.Tensor.detach)
+    exact, _ = _run(reference, inputs, differentiable, _as_fp64)
+    for index, (x, old) in enumerate(zip(inputs, before, strict=True)):
+        assert not isinstance(x, Tensor) or torch.equal(x, old), f"input {index} was written to"
+    for name, value in ours.items():
+        assert value.shape == theirs[name].shape and value.dtype == theirs[name].dtype, name
+        assert torch.isfinite(value).all(), name
+        error, bound = ((y.double() - exact[name]).abs().max().item() for y in (value, theirs[name]))
+        assert error <= 2 * bound + atol, f"{name}: error {error:.3g}, PyTorch's {bound:.3g}"
+        assert name.startswith("output") or value.any(), f"{name} is zero everywhere"
+        assert torch.equal(value, again[name]), f"{name} is another one the second time"
+
+
+def _as_fp64(x: Tensor) -> Tensor:
+    return x.detach().double() if x.is_floating_point() else x
+
+
+def _run(function: Callable, inputs: list, differentiable: list[int], convert: Callable, twice: bool = False):
+    """Outputs and gradients by name, and the same of a second backward pass with the same upstream gradients."""
+    inputs = [convert(x) if isinstance(x, Tensor) else x for x in inputs]
+    for index in differentiable:
+        inputs[index].requires_grad_()
+    outputs = function(*inputs)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    storages = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
+    assert all(y.untyped_storage().data_ptr() not in storages for y in outputs), "an output is a view of an input"
+    upstream = [random(*y.shape, seed=i + 1).to(y.dtype).to(torch.bfloat16).to(y.dtype) for i, y in enumerate(outputs)]
+    wanted = [inputs[i] for i in differentiable]
+    passes = []
+    for last in [False, True] if twice else [True]:
+        gradients = torch.autograd.grad(outputs, wanted, upstream, retain_graph=not last)
+        named = {f"output {i}": y.detach().clone() for i, y in enumerate(outputs)}
+        named |= {f"gradient of input {i}": g.clone() for i, g in zip(differentiable, gradients, strict=True)}
+        passes.append(named)
+    return passes[0], passes[-1]
