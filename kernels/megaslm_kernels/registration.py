@@ -9,27 +9,31 @@ on the CPU. The formulas also tell the compiler the shapes.
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 
 def register(
     name: str,
     forward: Callable,
-    backward: Callable,
+    backward: Callable | None,
     forward_formula: Callable,
-    backward_formula: Callable,
+    backward_formula: Callable | None,
     save: Callable,
     gradients: Callable,
+    fake: Callable | None = None,
 ) -> Callable:
     """A function of forward's arguments that returns its outputs and is differentiable, eager and compiled.
 
     forward, backward: fully annotated, since torch.library reads the schema off them; they return new tensors, which
         share no memory with an argument. forward_formula, backward_formula: the same in PyTorch operations; their
         outputs have the shapes, types and strides of the former's.
+        Without a backward, gradients is made of PyTorch operations.
     save(ctx, inputs, output): keeps what backward needs, as in torch.autograd.Function.setup_context.
     gradients(ctx, backward, *output_gradients): one gradient or None per input of forward.
+    fake: forward's outputs, not computed, where the formula is none for symbolic sizes.
     """
-    registered = _registered(name, forward, forward_formula)
-    registered_backward = _registered(f"{name}_backward", backward, backward_formula)
+    registered = _registered(name, forward, forward_formula, fake)
+    registered_backward = backward and _registered(f"{name}_backward", backward, backward_formula)
     registered.register_autograd(
         lambda ctx, *output_gradients: gradients(ctx, registered_backward, *output_gradients), setup_context=save
     )
@@ -57,8 +61,15 @@ def register(
     return op
 
 
-def _registered(name: str, implementation: Callable, formula: Callable) -> torch.library.CustomOpDef:
+def upcast(x: Tensor) -> Tensor:
+    """`x` in fp32, or in fp64 if it is that: what the formulas compute in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _registered(
+    name: str, implementation: Callable, formula: Callable, fake: Callable | None = None
+) -> torch.library.CustomOpDef:
     op = torch.library.custom_op(f"megaslm::{name}", implementation, mutates_args=(), device_types="cuda")
     op.register_kernel("cpu", formula)
-    op.register_fake(formula)
+    op.register_fake(fake or formula)
     return op

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megaslm_kernels._triton import tl, triton
-from megaslm_kernels.launch import Architecture, RowConfig, architecture, launch, row_config, rows_of, sum_rows
-from megaslm_kernels.registration import register
+from megaslm_kernels.launch import Architecture, RowConfig, architecture, launch, row_config, row_layout, sum_rows
+from megaslm_kernels.registration import register, upcast
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -43,27 +43,27 @@ def backward_config(rows: int, n: int, dtype: torch.dtype, arch: Architecture) -
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    rows = rows_of(x)
-    count, n = rows.shape
+    rows, count, stride = row_layout(x)
+    n = x.size(-1)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rstd = torch.empty(count, dtype=torch.float32, device=x.device)
     config = forward_config(count, n, x.dtype, architecture(x.device))
     launch(
         _forward_kernel, config.programs, rows, weight, y, rstd,
-        X_STRIDE=rows.stride(0), N=n, EPS=eps, BLOCK=config.block, num_warps=config.num_warps,
+        X_STRIDE=stride, N=n, EPS=eps, BLOCK=config.block, num_warps=config.num_warps,
     )  # fmt: skip
     return y, rstd
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    rows, dy_rows = rows_of(x), rows_of(dy)
-    count, n = rows.shape
+    (rows, count, stride), (dy_rows, _, dy_stride) = row_layout(x), row_layout(dy)
+    n = x.size(-1)
     config = backward_config(count, n, x.dtype, architecture(x.device))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     partials = torch.empty(config.programs, n, dtype=torch.float32, device=x.device)
     launch(
         _backward_kernel, config.programs, dy_rows, rows, weight, rstd, dx, partials, count,
-        DY_STRIDE=dy_rows.stride(0), X_STRIDE=rows.stride(0), N=n, BLOCK=config.block, num_warps=config.num_warps,
+        DY_STRIDE=dy_stride, X_STRIDE=stride, N=n, BLOCK=config.block, num_warps=config.num_warps,
     )  # fmt: skip
     return dx, sum_rows(partials, weight.dtype)
 
@@ -106,17 +106,18 @@ def _backward_kernel(
     tl.store(partials + program * N + columns, dw, mask=mask)
 
 
-def _forward_formula(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x32 = x.float().contiguous()
+def forward_formula(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x32 = upcast(x).contiguous()
     rstd = torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)
-    return (x32 * rstd * weight.float()).to(x.dtype), rstd.flatten()
+    return (x32 * rstd * upcast(weight)).to(x.dtype), rstd.flatten()
 
 
-def _backward_formula(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    rows, dy32, rstd = x.float().reshape(rstd.size(0), -1), dy.float().reshape(rstd.size(0), -1), rstd.unsqueeze(1)
-    normalised, scaled = rows * rstd, dy32 * weight.float()
+def backward_formula(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    rows, dy_rows = (upcast(t).reshape(-1, t.size(-1)) for t in (x, dy))
+    rstd = rstd.unsqueeze(1)
+    normalised, scaled = rows * rstd, dy_rows * upcast(weight)
     dx = (scaled - normalised * (scaled * normalised).mean(dim=1, keepdim=True)) * rstd
-    return dx.to(x.dtype).view(x.shape), (dy32 * normalised).sum(dim=0).to(weight.dtype)
+    return dx.to(x.dtype).reshape(x.shape).contiguous(), (dy_rows * normalised).sum(dim=0).to(weight.dtype)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -132,4 +133,4 @@ def _gradients(ctx, backward, dy, _):
     return *backward(dy, *ctx.saved_tensors), None
 
 
-_rms_norm = register("rms_norm", _forward, _backward, _forward_formula, _backward_formula, _save, _gradients)
+_rms_norm = register("rms_norm", _forward, _backward, forward_formula, backward_formula, _save, _gradients)

@@ -72,10 +72,10 @@ class Machine:
 
 def compiled_kernels() -> list[tuple[tuple, Machine]]:
     """Every kernel launched so far, with its key: (id, num_warps, device, constants..., types...)."""
-    return [(key, _inspect(kernel)) for key, kernel in launch._compiled.items()]
+    return [(key, inspect_kernel(kernel)) for key, kernel in launch._compiled.items()]
 
 
-def _inspect(kernel) -> Machine:
+def inspect_kernel(kernel) -> Machine:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

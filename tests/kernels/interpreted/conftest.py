@@ -1,7 +1,7 @@
 """Kernels run by Triton's interpreter, on the CPU: `TRITON_INTERPRET=1 pytest tests/kernels/interpreted`.
 
-Triton reads the variable when a kernel is defined, so these tests have processes of their own: test_interpreted.py starts
-them. In any other process nothing here is collected.
+Triton reads the variable when a kernel is defined, so these tests have processes of their own: test_interpreted.py
+starts them. In any other process nothing here is collected.
 """
 
 import os
