@@ -1,24 +1,19 @@
-"""The fused operations of a decoder. One file per op: its mathematics and its PyTorch reference.
+"""The fused operations of a decoder. One file per op: its mathematics, its PyTorch reference and its Triton kernels.
 
-Depends on torch (and triton) only and knows nothing of megaslm. Every op works on CPU and GPU tensors of any
-floating type, computes in fp32 inside and rounds once at the store.
+Depends on torch and triton only and knows nothing of megaslm. Every op takes any floating type, computes in fp32 inside
+and rounds once at each store. `select_backend` gives the ops of one backend as an `Ops`.
 """
 
 from megaslm_kernels.attention import causal_attention
-from megaslm_kernels.linear_cross_entropy import IGNORE_INDEX, linear_cross_entropy_reference
-from megaslm_kernels.rms_norm import rms_norm_reference
-from megaslm_kernels.rotary import rotary_reference
-from megaslm_kernels.swiglu import swiglu_reference
-
-BACKEND = "reference"
-"""The backend that the model runs on: recorded with every run."""
+from megaslm_kernels.backends import REFERENCE, TRITON, BackendUnavailable, Ops, select_backend
+from megaslm_kernels.linear_cross_entropy import IGNORE_INDEX
 
 __all__ = [
-    "BACKEND",
+    "BackendUnavailable",
     "IGNORE_INDEX",
+    "Ops",
+    "REFERENCE",
+    "TRITON",
     "causal_attention",
-    "linear_cross_entropy_reference",
-    "rms_norm_reference",
-    "rotary_reference",
-    "swiglu_reference",
+    "select_backend",
 ]

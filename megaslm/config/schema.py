@@ -259,6 +259,12 @@ class TrainConfig(Section):
     """Save and stop after this much wall time; the schedule's horizon does not follow it."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: as the engine config says. Anything else overrides an "auto" there, and must agree with a fixed value."""
+    kernels: Literal["auto", "reference", "triton"] = "auto"
+    """Norms, rotation, gate and loss by PyTorch (reference) or by fused Triton kernels, which need CUDA sm_80 or later.
+    auto: triton where it runs, else reference."""
+    z_loss: float = Field(0.0, ge=0)
+    """Weight of the squared log of the softmax's denominator in what is minimised, which keeps logits from drifting
+    (arXiv:2204.02311, which takes 1e-4); 0: none. The reported loss is without it."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass (non-reentrant): less memory, about a third more time."""
     compile: bool = False

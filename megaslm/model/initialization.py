@@ -8,6 +8,7 @@ import hashlib
 import math
 
 import torch
+from megaslm_kernels import REFERENCE, Ops
 from torch import Tensor, nn
 
 from megaslm.config import ModelConfig
@@ -32,10 +33,13 @@ def initial_value(name: str, shape: tuple[int, ...], config: ModelConfig, seed: 
     return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
-def build_model(config: ModelConfig, seed: int, device: torch.device | str = "cpu") -> LanguageModel:
-    """The network with its initial weights, on `device`. Host memory holds one parameter at a time."""
+def build_model(
+    config: ModelConfig, seed: int, device: torch.device | str = "cpu", ops: Ops = REFERENCE
+) -> LanguageModel:
+    """The network with its initial weights, on `device`, computed with `ops`. Host memory holds one parameter at a
+    time."""
     with torch.device("meta"):
-        model = LanguageModel(config)
+        model = LanguageModel(config, ops)
     model.to_empty(device=device)
     model.tie_weights()
     if model.decoder.rotary_table is not None:

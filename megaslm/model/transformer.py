@@ -6,8 +6,9 @@
 - packed query/key/value and gate/up projections: fewer, larger matrix products and fewer parameters to manage
 - a head that computes the loss itself, in chunks, so that full logits never exist in training
 
-Plain PyTorch: nothing here knows of ranks, devices or DeepSpeed. The number of heads is read off the width of the
-projection, so that an outer layer may slice the weights by heads.
+Norms, rotation, gate and loss are computed by the `Ops` that the network is built with: PyTorch's or fused kernels.
+Plain PyTorch otherwise: nothing here knows of ranks, devices or DeepSpeed. The number of heads is read off the width of
+the projection, so that an outer layer may slice the weights by heads.
 
 Shapes: B batch, S sequence, H query heads, K key/value heads, D head size, E width, F feed-forward width,
 V padded vocabulary, N = B S rows, R rotated channels of a head.
@@ -15,13 +16,7 @@ V padded vocabulary, N = B S rows, R rotated channels of a head.
 
 import torch
 import torch.nn.functional as F
-from megaslm_kernels import (
-    causal_attention,
-    linear_cross_entropy_reference,
-    rms_norm_reference,
-    rotary_reference,
-    swiglu_reference,
-)
+from megaslm_kernels import REFERENCE, Ops, causal_attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,19 +26,31 @@ from megaslm.config import ModelConfig
 class RMSNorm(nn.Module):
     """y = x / rms(x) * weight over the last dimension."""
 
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, ops: Ops):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.ops = ops
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm_reference(x, self.weight, self.eps)
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x + branch, its normalisation): the addition costs nothing where it is fused."""
+        if branch is None:
+            return x, self.ops.rms_norm(x, self.weight, self.eps)
+        return self.ops.add_rms_norm(branch, x, self.weight, self.eps)
 
 
-def build_norm(config: ModelConfig) -> nn.Module:
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, with the interface of RMSNorm."""
+
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = x if branch is None else x + branch
+        return x, super().forward(x)
+
+
+def build_norm(config: ModelConfig, ops: Ops) -> RMSNorm | LayerNorm:
     if config.norm == "rmsnorm":
-        return RMSNorm(config.hidden_size, config.norm_eps)
-    return nn.LayerNorm(config.hidden_size, config.norm_eps, bias=config.bias)
+        return RMSNorm(config.hidden_size, config.norm_eps, ops)
+    return LayerNorm(config.hidden_size, config.norm_eps, bias=config.bias)
 
 
 def empty_embedding(rows: int, width: int) -> nn.Embedding:
@@ -86,10 +93,28 @@ class RotaryTable(nn.Module):
         return self.cos[:length], self.sin[:length]
 
 
+class QueryKeyNorm(nn.Module):
+    """RMS norm of every query and key head, and their rotation. It owns both weights, so that ZeRO-3, which gathers the
+    weights of the module that runs, has them for the op that needs them together."""
+
+    def __init__(self, head_dim: int, eps: float, ops: Ops):
+        super().__init__()
+        self.q_weight = nn.Parameter(torch.ones(head_dim))
+        self.k_weight = nn.Parameter(torch.ones(head_dim))
+        self.eps = eps
+        self.ops = ops
+
+    def forward(self, q_BSHD: Tensor, k_BSKD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        if rotary is None:
+            q_BSHD = self.ops.rms_norm(q_BSHD, self.q_weight, self.eps)
+            return q_BSHD, self.ops.rms_norm(k_BSKD, self.k_weight, self.eps)
+        return self.ops.qk_norm_rotary(q_BSHD, k_BSKD, self.q_weight, self.k_weight, *rotary, self.eps)
+
+
 class Attention(nn.Module):
     """Causal self-attention. The packed projection's rows are all queries, then all keys, then all values."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         self.head_dim = config.head_dim
         self.queries_per_kv = config.num_heads // config.num_kv_heads
@@ -97,29 +122,31 @@ class Attention(nn.Module):
             config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * self.head_dim, bias=config.bias
         )
         self.out = nn.Linear(config.num_heads * self.head_dim, config.hidden_size, bias=config.bias)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.qk_norm = QueryKeyNorm(self.head_dim, config.norm_eps, ops) if config.qk_norm else None
+        self.ops = ops
 
     def forward(self, x_BSE: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         qkv = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim))
         kv_heads = qkv.size(2) // (self.queries_per_kv + 2)
         q_BSHD, k_BSKD, v_BSKD = qkv.split((kv_heads * self.queries_per_kv, kv_heads, kv_heads), dim=2)
-        q_BSHD, k_BSKD = self.q_norm(q_BSHD), self.k_norm(k_BSKD)
-        if rotary is not None:
-            q_BSHD, k_BSKD = rotary_reference(q_BSHD, *rotary), rotary_reference(k_BSKD, *rotary)
+        if self.qk_norm is not None:
+            q_BSHD, k_BSKD = self.qk_norm(q_BSHD, k_BSKD, rotary)
+        elif rotary is not None:
+            q_BSHD, k_BSKD = self.ops.rotary(q_BSHD, k_BSKD, *rotary)
         return self.out(causal_attention(q_BSHD, k_BSKD, v_BSKD).flatten(2))
 
 
 class SwiGLU(nn.Module):
     """down(silu(gate x) * up x). The packed projection's rows are all of gate, then all of up."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
+        self.ops = ops
         self.gate_up = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=config.bias)
         self.down = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        return self.down(swiglu_reference(self.gate_up(x_BSE)))
+        return self.down(self.ops.swiglu(self.gate_up(x_BSE)))
 
 
 class GELUFeedForward(nn.Module):
@@ -136,28 +163,35 @@ class GELUFeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward around the residual stream, one after the other or side by side."""
+    """Attention and feed-forward around the residual stream, one after the other or side by side.
 
-    def __init__(self, config: ModelConfig):
+    The stream enters and leaves as two terms, x and the last branch, whose sum the next norm takes.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         self.parallel_residual = config.parallel_residual
-        self.attention_norm = build_norm(config)
-        self.attention = Attention(config)
-        self.feed_forward_norm = build_norm(config)
-        self.feed_forward = SwiGLU(config) if config.feed_forward == "swiglu" else GELUFeedForward(config)
+        self.attention_norm = build_norm(config, ops)
+        self.attention = Attention(config, ops)
+        self.feed_forward_norm = build_norm(config, ops)
+        self.feed_forward = SwiGLU(config, ops) if config.feed_forward == "swiglu" else GELUFeedForward(config)
 
-    def forward(self, x_BSE: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
-        attended_BSE = self.attention(self.attention_norm(x_BSE), rotary)
+    def forward(
+        self, x_BSE: Tensor, branch_BSE: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        x_BSE, normed_BSE = self.attention_norm(x_BSE, branch_BSE)
+        attended_BSE = self.attention(normed_BSE, rotary)
         if self.parallel_residual:
-            return x_BSE + attended_BSE + self.feed_forward(self.feed_forward_norm(x_BSE))
-        x_BSE = x_BSE + attended_BSE
-        return x_BSE + self.feed_forward(self.feed_forward_norm(x_BSE))
+            _, normed_BSE = self.feed_forward_norm(x_BSE)
+            return x_BSE, attended_BSE + self.feed_forward(normed_BSE)
+        x_BSE, normed_BSE = self.feed_forward_norm(x_BSE, attended_BSE)
+        return x_BSE, self.feed_forward(normed_BSE)
 
 
 class Decoder(nn.Module):
     """Tokens to hidden states: what every objective builds on."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         self.context_length = config.context_length
         self.activation_checkpointing = False
@@ -165,8 +199,8 @@ class Decoder(nn.Module):
         learned = config.position == "learned"
         self.position_embedding = empty_embedding(config.context_length, config.hidden_size) if learned else None
         self.rotary_table = None if learned else RotaryTable(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = build_norm(config)
+        self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.num_layers))
+        self.norm = build_norm(config, ops)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         """Hidden states [B, S, E] after the last norm, of token ids [B, S] with S <= context_length."""
@@ -178,41 +212,48 @@ class Decoder(nn.Module):
             x_BSE = x_BSE + self.position_embedding(torch.arange(length, device=tokens_BS.device))
         else:
             rotary = self.rotary_table(length)
+        branch_BSE = None
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
+                # One tensor is kept for each block, not two terms of a sum.
+                x_BSE = x_BSE if branch_BSE is None else x_BSE + branch_BSE
                 # Non-reentrant: the reentrant form breaks ZeRO-2 and 3 where a module runs twice.
                 # Nothing in a block draws random numbers, so no generator's state is kept.
-                x_BSE = checkpoint(block, x_BSE, rotary, use_reentrant=False, preserve_rng_state=False)
+                x_BSE, branch_BSE = checkpoint(
+                    block, x_BSE, None, rotary, use_reentrant=False, preserve_rng_state=False
+                )  # fmt: skip
             else:
-                x_BSE = block(x_BSE, rotary)
-        return self.norm(x_BSE)
+                x_BSE, branch_BSE = block(x_BSE, branch_BSE, rotary)
+        return self.norm(x_BSE, branch_BSE)[1]
 
 
 class LanguageModelHead(nn.Module):
     """The output layer and its loss in one module, so that ZeRO-3 gathers the weight exactly while it is used."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         self.vocab_size = config.vocab_size
+        self.z_loss = 0.0
         self.weight = nn.Parameter(torch.empty(config.padded_vocab_size, config.hidden_size))
+        self.ops = ops
 
-    def forward(self, hidden_BSE: Tensor, targets_BS: Tensor | None = None) -> Tensor:
-        """Logits [..., vocab_size] (padding cropped), or with targets the sum of the losses, in nats, fp32."""
+    def forward(self, hidden_BSE: Tensor, targets_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [..., vocab_size] (padding cropped), or with targets what `LanguageModel.forward` returns."""
         if targets_BS is None:
             return F.linear(hidden_BSE, self.weight)[..., : self.vocab_size]
-        return linear_cross_entropy_reference(
-            hidden_BSE.flatten(0, -2), self.weight, targets_BS.flatten(), self.vocab_size
+        return self.ops.linear_cross_entropy(
+            hidden_BSE.flatten(0, -2), self.weight, targets_BS.flatten(), self.vocab_size, self.z_loss
         )
 
 
 class LanguageModel(nn.Module):
     """Decoder and head. `build_model` (initialization.py) makes one with its initial weights."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, ops: Ops = REFERENCE):
         super().__init__()
         self.config = config
-        self.decoder = Decoder(config)
-        self.head = LanguageModelHead(config)
+        self.decoder = Decoder(config, ops)
+        self.head = LanguageModelHead(config, ops)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -220,7 +261,8 @@ class LanguageModel(nn.Module):
         if self.config.tie_embeddings:
             self.head.weight = self.decoder.embedding.weight
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor:
-        """Logits [B, S, vocab_size] of token ids [B, S] (int64), or with `targets_BS` the sum of the losses over
-        targets that are not -100, in nats, as an fp32 scalar."""
+    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits [B, S, vocab_size] of token ids [B, S] (int64); or with `targets_BS` the objective, to be
+        differentiated, and the loss, to be reported: fp32 scalars, sums over the targets that are not -100. The loss is
+        the cross-entropy in nats; the objective adds z_loss log^2(sum of exp(logits)) (arXiv:2204.02311)."""
         return self.head(self.decoder(tokens_BS), targets_BS)

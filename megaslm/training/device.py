@@ -7,6 +7,7 @@ import resource
 import sys
 
 import torch
+from megaslm_kernels import BackendUnavailable, Ops, select_backend
 
 from megaslm.errors import UserError
 
@@ -58,6 +59,14 @@ def check_precision(precision: str, device: torch.device) -> None:
         )
     if precision == "bf16" and not get_accelerator().is_bf16_supported():
         raise UserError(f"bf16 is not supported on {device_name(device)}; use train.precision=fp32")
+
+
+def choose_kernels(name: str, device: torch.device) -> Ops:
+    """The ops of train.kernels=`name`. Raises UserError where they do not run."""
+    try:
+        return select_backend(name, device)
+    except BackendUnavailable as error:
+        raise UserError(f"train.kernels={name}: {error}; use train.kernels=auto or reference") from error
 
 
 def _cpu_flags() -> set[str]:

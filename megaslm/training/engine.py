@@ -81,7 +81,7 @@ def compile_blocks(model: LanguageModel, micro_batch_size: int, seq_length: int,
     rotary = model.decoder.rotary_table(seq_length) if model.decoder.rotary_table is not None else None
     try:
         trial.compile()
-        trial(x.requires_grad_(), rotary).sum().backward()
+        sum(trial(x.requires_grad_(), x, rotary)).sum().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Dynamo, Inductor and the compilers under them raise all kinds
@@ -126,8 +126,8 @@ class TrainingEngine:
         """One optimizer step over this rank's (tokens, targets) [B, S] of the global batch.
 
         Returns the sum of this rank's losses, in nats, as a float64 scalar on the device. The gradient is that of
-        (sum of losses over the global batch) / (its targets): the engine averages over ranks and accumulation steps,
-        which the scale undoes.
+        (sum of objectives over the global batch) / (its targets): the engine averages over ranks and accumulation
+        steps, which the scale undoes.
         """
         engine = self.deepspeed
         engine.train()
@@ -135,9 +135,9 @@ class TrainingEngine:
             group["lr"] = lr
         losses = torch.zeros((), dtype=torch.float64, device=engine.device)
         for tokens, targets in micro_batches:
-            loss = engine(tokens, targets)
-            losses += loss.detach()
-            engine.backward(loss * self._gradient_scale)
+            objective, loss = engine(tokens, targets)
+            losses += loss
+            engine.backward(objective * self._gradient_scale)
             if self._stage == 0 and engine.is_gradient_accumulation_boundary():
                 self._clip_gradients()
             engine.step()
@@ -176,4 +176,5 @@ class TrainingEngine:
     def loss_sum(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Sum of the losses of one batch in evaluation mode, fp32 scalar."""
         self.deepspeed.eval()
-        return self.deepspeed(tokens, targets)
+        _, loss = self.deepspeed(tokens, targets)
+        return loss

@@ -84,7 +84,7 @@ class Training:
     def _open_run_dir(self) -> None:
         """On rank 0: take the folder, write what is known before the first step, open the metrics."""
         self.lock.take()
-        facts = environment(self.ranks, self.plan.precision)
+        facts = environment(self.ranks, self.plan.precision, self.plan.ops.backend)
         open_run_dir(self.run_dir, self.run, self.plan.engine_config, facts, self.progress.step)
         # An evaluation that is made up for may have been logged before a kill.
         self.log = MetricsLog(

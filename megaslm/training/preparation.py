@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from megaslm_kernels import Ops
 
 from megaslm.config import BatchLayout, RunConfig, requested_precision, resolve_batch, resolve_engine_config
 from megaslm.data import (
@@ -23,7 +24,7 @@ from megaslm.data import (
 )
 from megaslm.errors import UserError
 from megaslm.parallel import Ranks, host
-from megaslm.training.device import check_precision, preferred_precision
+from megaslm.training.device import check_precision, choose_kernels, preferred_precision
 
 T = TypeVar("T")
 
@@ -64,6 +65,7 @@ class Plan:
     data: RunData
     layout: BatchLayout
     precision: str
+    ops: Ops
     steps: int
     say: Callable[..., None]
 
@@ -83,11 +85,12 @@ def make_plan(run: RunConfig, engine_file: dict, options: Options, ranks: Ranks)
     batch = resolve_batch(run.train.global_batch_size, run.train.micro_batch_size, ranks.data_parallel_size)
     precision = requested_precision(engine_file, run.train.precision, auto=lambda: preferred_precision(ranks.device))
     check_precision(precision, ranks.device)
+    ops = choose_kernels(run.train.kernels, ranks.device)
     engine_config = resolve_engine_config(
         engine_file, run=run, precision=precision, batch=batch, data_parallel_size=ranks.data_parallel_size
     )
     run, data = prepare_data(run, say)
-    return Plan(run, engine_config, options, ranks, data, batch, precision, total_steps(run, data.training), say)
+    return Plan(run, engine_config, options, ranks, data, batch, precision, ops, total_steps(run, data.training), say)
 
 
 def prepare_data(run: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, RunData]:

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import torch
-from megaslm_kernels import BACKEND
 
 from megaslm.config import zero_stage
 from megaslm.model import count_parameters, flops_per_token
@@ -66,7 +65,7 @@ def header(plan: Plan, compiled: str) -> str:
         ("layout", f"{ranks.world_size} x {device_name(ranks.device)}, ZeRO {zero_stage(plan.engine_config)}, "
                    f"micro-batch {layout.micro_batch_size} x {layout.accumulation_steps} accumulation "
                    f"x {ranks.data_parallel_size} data parallel"),
-        ("backends", f"kernels {BACKEND}, {torch.distributed.get_backend()}, optimizer {run.optimizer.type}, "
+        ("backends", f"kernels {plan.ops.backend}, {torch.distributed.get_backend()}, optimizer {run.optimizer.type}, "
                      f"compile {compiled}, {ranks.num_threads} threads a rank"),
         ("precision", plan.precision),
         ("run folder", str(plan.options.run_dir)),

@@ -61,8 +61,9 @@ def tidy_finished(plan: Plan, checkpoint: Checkpoint) -> None:
 def build_engine(plan: Plan) -> tuple[TrainingEngine, str]:
     """Model with its initial weights, compiled where asked for, inside the engine; and how compilation went."""
     run, ranks = plan.run, plan.ranks
-    model = build_model(run.model, run.train.seed, ranks.device)
+    model = build_model(run.model, run.train.seed, ranks.device, plan.ops)
     model.decoder.activation_checkpointing = run.train.activation_checkpointing
+    model.head.z_loss = run.train.z_loss
     compiled = "off"
     if run.train.compile:
         failure = compile_blocks(model, plan.layout.micro_batch_size, run.seq_length, DTYPES[plan.precision])

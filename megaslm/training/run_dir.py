@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from megaslm_kernels import BACKEND
 
 from megaslm.config import RunConfig, save_run_config
 from megaslm.errors import UserError
@@ -31,7 +30,7 @@ def code_version() -> str | None:
         return None
 
 
-def environment(ranks: Ranks, precision: str) -> dict:
+def environment(ranks: Ranks, precision: str, kernels: str) -> dict:
     """Everything about the machine and the versions that may change a number."""
     versions = {}
     for package in PACKAGES:
@@ -50,7 +49,7 @@ def environment(ranks: Ranks, precision: str) -> dict:
         "ranks_on_this_machine": ranks.local_world_size,
         "threads_per_rank": ranks.num_threads,
         "precision": precision,
-        "kernels": BACKEND,
+        "kernels": kernels,
         **(_cuda_versions() if ranks.device.type == "cuda" else {}),
     }
 

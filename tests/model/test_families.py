@@ -60,8 +60,8 @@ def llama_state(model: LanguageModel) -> dict:
         state[theirs + "input_layernorm.weight"] = weights[ours + "attention_norm.weight"]
         state[theirs + "post_attention_layernorm.weight"] = weights[ours + "feed_forward_norm.weight"]
         if config.qk_norm:
-            state[theirs + "self_attn.q_norm.weight"] = weights[ours + "attention.q_norm.weight"]
-            state[theirs + "self_attn.k_norm.weight"] = weights[ours + "attention.k_norm.weight"]
+            state[theirs + "self_attn.q_norm.weight"] = weights[ours + "attention.qk_norm.q_weight"]
+            state[theirs + "self_attn.k_norm.weight"] = weights[ours + "attention.qk_norm.k_weight"]
     return state
 
 

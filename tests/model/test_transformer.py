@@ -72,12 +72,15 @@ def test_loss_is_the_sum_of_cross_entropies_of_the_logits(name):
     tokens, targets = batch()
     targets[0, :5] = -100
     expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
-    torch.testing.assert_close(model(tokens, targets), expected)
+    objective, loss = model(tokens, targets)
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(objective, loss)
 
 
 def test_initial_loss_is_about_ln_vocabulary():
     tokens, targets = batch(rows=32)
-    assert build(init_std=0.02)(tokens, targets).item() / targets.numel() == pytest.approx(math.log(100), rel=0.02)
+    _, loss = build(init_std=0.02)(tokens, targets)
+    assert loss.item() / targets.numel() == pytest.approx(math.log(100), rel=0.02)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -95,7 +98,7 @@ def test_a_later_token_changes_no_earlier_logit(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_parameter_gets_a_gradient_and_padding_gets_none(name):
     model = build(**VARIANTS[name], init_std=0.1)
-    model(*batch()).backward()
+    model(*batch())[0].backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, parameter_name
     assert model.head.weight.grad[100:].abs().sum() == 0
@@ -107,7 +110,7 @@ def test_activation_checkpointing_changes_no_gradient(name):
     for checkpointing in (False, True):
         model = build(**VARIANTS[name])
         model.decoder.activation_checkpointing = checkpointing
-        model(*batch()).backward()
+        model(*batch())[0].backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
         assert torch.equal(plain, recomputed)

@@ -1,0 +1,45 @@
+"""The choice of a backend: once, said, and never another one in silence."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from megaslm_kernels import REFERENCE, TRITON, BackendUnavailable, select_backend
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_on_a_cpu_auto_is_the_reference_and_triton_is_refused():
+    assert select_backend("auto", CPU) is REFERENCE is select_backend("reference", CPU)
+    with pytest.raises(BackendUnavailable, match="the device is cpu, they need CUDA"):
+        select_backend("triton", CPU)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton exists for Linux only")
+def test_on_a_gpu_auto_is_triton_from_sm_80_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert select_backend("auto", CUDA) is TRITON is select_backend("triton", CUDA)
+    assert select_backend("reference", CUDA) is REFERENCE
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert select_backend("auto", CUDA) is REFERENCE
+    with pytest.raises(BackendUnavailable, match="compute capability 7.5 is below 8.0"):
+        select_backend("triton", CUDA)
+
+
+def test_without_triton_the_package_imports_and_serves_the_reference():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from megaslm_kernels import REFERENCE, BackendUnavailable, select_backend
+assert select_backend("auto", torch.device("cuda")) is REFERENCE
+print(REFERENCE.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0).tolist())
+try:
+    select_backend("triton", torch.device("cuda"))
+except BackendUnavailable as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "[[1.0, 1.0, 1.0, 1.0]]" in run.stdout and "triton is not installed" in run.stdout
