@@ -51,8 +51,8 @@ def bare_loop(run: RunConfig, interval: int) -> list[float]:
     for step in range(run.train.max_steps):
         batch = data.training.batch(step * run.train.global_batch_size, run.train.global_batch_size)
         window = torch.from_numpy(batch.astype("int64"))
-        loss = model(window[:, :-1], window[:, 1:]) / run.tokens_per_step
-        loss.backward()
+        objective, _ = model(window[:, :-1], window[:, 1:])
+        (objective / run.tokens_per_step).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.gradient_clipping)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
