@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 600
+MAX_LINES_OF_AN_OP = 300
 SOURCES = ("megaslm", "kernels", "launch", "tools", "tests", "setup.py")
 PYTHON = sorted(path for name in SOURCES for path in [ROOT / name, *(ROOT / name).rglob("*")] if path.suffix == ".py")
 TEXT_ENDINGS = (".py", ".md", ".json", ".toml", ".txt", ".sh")
@@ -136,7 +137,8 @@ def test_importing_the_library_touches_no_device(module):
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_is_longer_than_a_person_reads(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
+    limit = MAX_LINES_OF_AN_OP if path in files_of("kernels") else MAX_LINES
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= limit
 
 
 def test_no_file_mentions_a_machine():

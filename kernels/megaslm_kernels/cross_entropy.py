@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megaslm_kernels._triton import tl, triton
-from megaslm_kernels.launch import Architecture, architecture, launch, with_adjacent_elements
+from megaslm_kernels.launch import Architecture, architecture, launch, with_unit_stride
 from megaslm_kernels.registration import register, upcast
 
 IGNORE_INDEX = -100
@@ -71,15 +71,8 @@ def shard_statistics_reference(
 def shard_statistics(logits: Tensor, targets: Tensor, first: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """`shard_statistics_reference` in Triton: logits with any row stride."""
     statistics = tuple(torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(3))
-    _launch(
-        _statistics_kernel,
-        with_adjacent_elements(logits),
-        first,
-        vocab_size,
-        targets.contiguous(),
-        *statistics,
-        FIRST=first,
-    )
+    rows, targets = with_unit_stride(logits), targets.contiguous()
+    _launch(_statistics_kernel, rows, first, vocab_size, targets, *statistics, FIRST=first)
     return statistics
 
 
@@ -159,9 +152,7 @@ def _launch(kernel, logits: Tensor, first: int, vocab_size: int, *tensors: Tenso
 
 def _forward(logits: Tensor, targets: Tensor, vocab_size: int, z_loss: float) -> tuple[Tensor, Tensor]:
     losses, logsumexp = (torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(2))
-    loss_and_gradient_(
-        with_adjacent_elements(logits), targets.contiguous(), vocab_size, z_loss, losses, logsumexp, False
-    )
+    loss_and_gradient_(with_unit_stride(logits), targets.contiguous(), vocab_size, z_loss, losses, logsumexp, False)
     return losses, logsumexp
 
 
@@ -169,7 +160,7 @@ def _backward(
     dlosses: Tensor, logits: Tensor, targets: Tensor, logsumexp: Tensor, vocab_size: int, z_loss: float
 ) -> Tensor:
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    shard_gradient_(with_adjacent_elements(logits), targets, 0, vocab_size, logsumexp, dlosses, z_loss, gradient)
+    shard_gradient_(with_unit_stride(logits), targets, 0, vocab_size, logsumexp, dlosses, z_loss, gradient)
     return gradient
 
 

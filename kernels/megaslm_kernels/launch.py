@@ -77,7 +77,7 @@ def row_layout(x: Tensor) -> tuple[Tensor, int, int]:
     return x, x.numel() // n, n
 
 
-def with_adjacent_elements(x: Tensor) -> Tensor:
+def with_unit_stride(x: Tensor) -> Tensor:
     """`x`, copied only where its last stride is not 1."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -89,8 +89,8 @@ def launch(kernel, programs: int | tuple[int, int, int], *arguments, num_warps: 
     """Run `kernel` on the current stream: tensors and integers, then the constexprs, both in the kernel's order.
 
     No program, no launch. Triton's own call sorts its arguments into a cache key in 7 us. This one, in half of that,
-    knows that only types and alignment of the tensors may differ (integers must not be specialised on, which the first
-    call checks) and calls what Triton has compiled for them.
+    knows that only types and alignment of the tensors and the width of the integers may differ (which must not be
+    specialised on: the first call checks) and calls what Triton has compiled for them.
     """
     grid = (programs, 1, 1) if isinstance(programs, int) else programs
     if 0 in grid:
@@ -98,11 +98,17 @@ def launch(kernel, programs: int | tuple[int, int, int], *arguments, num_warps: 
     if INTERPRETED:
         kernel[grid](*arguments, **constants)
         return
-    key = [id(kernel), num_warps, arguments[0].get_device(), *constants.values()]
+    device = arguments[0].get_device()
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):  # Triton launches on the current device, wherever the tensors are
+            return launch(kernel, programs, *arguments, num_warps=num_warps, **constants)
+    key = [id(kernel), num_warps, device, *constants.values()]
     for argument in arguments:
         if isinstance(argument, Tensor):
             key.append(argument.dtype)
             key.append(argument.data_ptr() % 16 == 0)  # Triton's condition for 128-bit loads
+        else:
+            key.append(argument < 2**31)  # Triton's condition for 32 bits
     key = tuple(key)
     compiled = _compiled.get(key)
     if compiled is None:

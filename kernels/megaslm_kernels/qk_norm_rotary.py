@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megaslm_kernels._triton import tl, triton
-from megaslm_kernels.launch import Architecture, architecture, launch, sum_rows, with_adjacent_elements
+from megaslm_kernels.launch import Architecture, architecture, launch, sum_rows, with_unit_stride
 from megaslm_kernels.registration import register, upcast
 from megaslm_kernels.rms_norm import rms_norm_reference
 from megaslm_kernels.rotary import (
@@ -75,7 +75,7 @@ def _forward(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q, k = with_adjacent_elements(q), with_adjacent_elements(k)
+    q, k = with_unit_stride(q), with_unit_stride(k)
     batch, length, query_heads, d = q.shape
     key_heads, half = k.size(2), cos.size(1)
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -96,8 +96,8 @@ def _backward(
     eps: float, positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, and [2, D] of the two weights."""
-    q, k = with_adjacent_elements(q), with_adjacent_elements(k)
-    dq_out, dk_out = with_adjacent_elements(dq_out), with_adjacent_elements(dk_out)
+    q, k = with_unit_stride(q), with_unit_stride(k)
+    dq_out, dk_out = with_unit_stride(dq_out), with_unit_stride(dk_out)
     batch, length, query_heads, d = q.shape
     key_heads, half, tokens = k.size(2), cos.size(1), batch * length
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)

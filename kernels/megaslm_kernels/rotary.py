@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megaslm_kernels._triton import tl, triton
-from megaslm_kernels.launch import Architecture, architecture, launch, with_adjacent_elements
+from megaslm_kernels.launch import Architecture, architecture, launch, with_unit_stride
 from megaslm_kernels.registration import register
 
 
@@ -123,7 +123,7 @@ def strides_of(*tensors: Tensor) -> tuple[list[int], int]:
 def _launch(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, conjugate: bool
 ) -> tuple[Tensor, Tensor]:
-    q, k = with_adjacent_elements(q), with_adjacent_elements(k)
+    q, k = with_unit_stride(q), with_unit_stride(k)
     batch, length, query_heads, d = q.shape
     key_heads, half = k.size(2), cos.size(1)
     q_out = torch.empty_like(q, memory_format=torch.contiguous_format)
