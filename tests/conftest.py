@@ -5,6 +5,7 @@ import os
 import random
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from megaslm.commands import mute_native_exit
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 mute_native_exit()
+# A suite in the background of a shell ignores SIGINT, and so would every program that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAIN = ROOT / "launch" / "pretrain.py"
 SEVERAL_COMMANDS = ROOT / "tests" / "launch" / "several_commands.py"

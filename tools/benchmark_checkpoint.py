@@ -174,7 +174,7 @@ def main() -> None:
     for name, ratio in ratios.items():
         print(f"  {name:<30} {ratio:.2f}")
     if arguments.json:
-        facts = environment(ranks, precision)
+        facts = environment(ranks, precision, engine.model.head.ops.backend)
         arguments.json.write_text(json.dumps({"environment": facts, "seconds": found, "ratios": ratios}, indent=2))
 
 

@@ -18,4 +18,14 @@ except ImportError:
     triton = SimpleNamespace(jit=lambda function=None, **options: function or (lambda kernel: kernel))
     tl = SimpleNamespace(constexpr=object)
 
-__all__ = ["AVAILABLE", "INTERPRETED", "tl", "triton"]
+
+def fault() -> str | None:
+    """Why Triton can't run kernels on the GPU. It compiles a piece of C for the driver first."""
+    try:
+        _ = triton.runtime.driver.active.utils
+    except Exception as error:  # no compiler, no header, no driver: of all kinds
+        return f"triton can't reach the GPU ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
+    return None
+
+
+__all__ = ["AVAILABLE", "INTERPRETED", "fault", "tl", "triton"]

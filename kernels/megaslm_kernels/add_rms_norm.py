@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megaslm_kernels._triton import tl, triton
-from megaslm_kernels.launch import architecture, launch, row_layout, sum_rows
+from megaslm_kernels.launch import architecture, check_weight, launch, row_layout, sum_rows
 from megaslm_kernels.registration import register, upcast
 from megaslm_kernels.rms_norm import (
     backward_config,
@@ -34,6 +34,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     """`add_rms_norm_reference` in Triton: x and residual of one shape and type, any strides. Results are contiguous.
 
     The gradients of x and residual are one tensor: autograd copies it where it has to add to one of them.
+    Raises ValueError where shapes or types differ.
     """
     total, y, _ = _add_rms_norm(x, residual, weight, eps)
     return total, y
@@ -42,10 +43,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def _forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     (rows, count, stride), (residual_rows, _, residual_stride) = row_layout(x), row_layout(residual)
     n = x.size(-1)
-    total, y = (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-    )
+    check_weight(weight, n)
+    if x.shape != residual.shape or x.dtype != residual.dtype:
+        raise ValueError(f"x {tuple(x.shape)}, {x.dtype}, and residual {tuple(residual.shape)}, {residual.dtype}")
+    total, y = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     rstd = torch.empty(count, dtype=torch.float32, device=x.device)
     config = forward_config(count, n, x.dtype, architecture(x.device))
     launch(

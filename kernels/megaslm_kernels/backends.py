@@ -7,7 +7,14 @@ import torch
 
 from megaslm_kernels import _triton
 from megaslm_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
-from megaslm_kernels.cross_entropy import cross_entropy, cross_entropy_reference
+from megaslm_kernels.cross_entropy import (
+    cross_entropy,
+    cross_entropy_reference,
+    shard_gradient_,
+    shard_gradient_reference_,
+    shard_statistics,
+    shard_statistics_reference,
+)
 from megaslm_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from megaslm_kernels.qk_norm_rotary import qk_norm_rotary, qk_norm_rotary_reference
 from megaslm_kernels.rms_norm import rms_norm, rms_norm_reference
@@ -27,6 +34,10 @@ class Ops:
     qk_norm_rotary: Callable
     swiglu: Callable
     cross_entropy: Callable
+    shard_statistics: Callable
+    """With the next one, what a vocabulary-parallel loss is made of. Neither is differentiable or seen by the compiler:
+    they stand inside that loss's own op."""
+    shard_gradient_: Callable
     linear_cross_entropy: Callable
 
 
@@ -38,13 +49,24 @@ REFERENCE = Ops(
     qk_norm_rotary_reference,
     swiglu_reference,
     cross_entropy_reference,
+    shard_statistics_reference,
+    shard_gradient_reference_,
     linear_cross_entropy_reference,
 )
 """PyTorch's own operations, on any device."""
 
 TRITON = Ops(
-    "triton", rms_norm, add_rms_norm, rotary, qk_norm_rotary, swiglu, cross_entropy, linear_cross_entropy
-)  # fmt: skip
+    "triton",
+    rms_norm,
+    add_rms_norm,
+    rotary,
+    qk_norm_rotary,
+    swiglu,
+    cross_entropy,
+    shard_statistics,
+    shard_gradient_,
+    linear_cross_entropy,
+)
 """Our fused kernels, on CUDA devices (or, under TRITON_INTERPRET=1, on CPU tensors)."""
 
 
@@ -55,12 +77,12 @@ class BackendUnavailable(RuntimeError):
 def select_backend(name: str, device: torch.device) -> Ops:
     """The ops of backend `name` for tensors on `device`.
 
-    auto: triton where it runs, else reference. Raises BackendUnavailable where triton is asked for and does not run:
-    there is no silent fallback.
+    auto: triton where it runs, else reference (`triton_obstacle` says why). Raises BackendUnavailable where triton is
+    asked for and does not run: there is no silent fallback.
     """
     if name == "reference":
         return REFERENCE
-    obstacle = _obstacle(device)
+    obstacle = triton_obstacle(device)
     if obstacle is None:
         return TRITON
     if name == "auto":
@@ -68,14 +90,20 @@ def select_backend(name: str, device: torch.device) -> Ops:
     raise BackendUnavailable(f"the triton kernels do not run here: {obstacle}")
 
 
-def _obstacle(device: torch.device) -> str | None:
-    """Why the triton backend does not run on `device`."""
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why the triton backend does not run on `device`; None where it does."""
     if not _triton.AVAILABLE:
         return "triton is not installed (it exists for Linux)"
+    if torch.version.hip:
+        return "they were never tried on ROCm"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         # Before sm_80 there is no bf16, and Triton's support ends.
-        return None if capability >= (8, 0) else f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+        return (
+            _triton.fault()
+            if capability >= (8, 0)
+            else f"compute capability {'.'.join(map(str, capability))} is below 8.0"
+        )
     if device.type == "cpu" and _triton.INTERPRETED:
         return None
     return f"the device is {device.type}, they need CUDA"

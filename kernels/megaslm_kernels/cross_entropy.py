@@ -62,10 +62,10 @@ def shard_statistics_reference(
     A shard that is padding altogether has maximum -inf and sum 0.
     """
     columns = torch.arange(first, first + logits.size(1), device=logits.device)
-    x = upcast(logits).masked_fill(columns >= vocab_size, -torch.inf)
+    x = upcast(logits).where(columns < vocab_size, -torch.inf)
     maximum = x.amax(dim=1)
     total = (x - maximum.clamp(min=torch.finfo(x.dtype).min).unsqueeze(1)).exp().sum(dim=1)
-    return maximum, total, x.masked_fill(columns != targets.unsqueeze(1), 0.0).sum(dim=1)
+    return maximum, total, x.where((columns == targets.unsqueeze(1)) & (columns < vocab_size), 0.0).sum(dim=1)
 
 
 def shard_statistics(logits: Tensor, targets: Tensor, first: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,11 +81,10 @@ def shard_gradient_reference_(
 ) -> None:
     """Write the gradient of the losses over `logits`, a shard as in `shard_statistics_reference`.
 
-    logsumexp: [N], fp32, over all shards. scale: [N], fp32, the upstream gradient of every row's loss.
+    logsumexp: [N], fp32, over all shards, of ignored rows too. scale: [N], fp32, the losses' upstream gradient.
     """
     columns = torch.arange(first, first + logits.size(1), device=logits.device)
-    scale = scale.where(targets != IGNORE_INDEX, 0.0).unsqueeze(1)
-    logsumexp = logsumexp.unsqueeze(1)
+    logsumexp, scale = logsumexp.unsqueeze(1), scale.where(targets != IGNORE_INDEX, 0.0).unsqueeze(1)
     probabilities = (upcast(logits) - logsumexp).exp_().masked_fill_(columns >= vocab_size, 0.0)
     logits.copy_(scale * ((1 + 2 * z_loss * logsumexp) * probabilities - (columns == targets.unsqueeze(1)).to(scale)))
 
@@ -107,15 +106,15 @@ def shard_gradient_(
 
 
 def loss_and_gradient_(
-    logits: Tensor, targets: Tensor, vocab_size: int, z_loss: float, losses: Tensor, logsumexp: Tensor, gradient: bool
+    logits: Tensor, targets: Tensor, vocab_size: int, z_loss: float, losses: Tensor, logsumexp: Tensor, scale: float
 ) -> None:
-    """Write `losses` and `logsumexp` [N], fp32, 0 in ignored rows, and if `gradient` that of the losses over `logits`.
+    """Write `losses` and `logsumexp` [N], fp32, and over `logits` the losses' gradient times `scale`, unless that is 0.
 
     All contiguous but for the logits' rows, which are of any stride.
     """
     _launch(
         _loss_kernel, logits, 0, vocab_size, targets, losses, logsumexp,
-        Z_LOSS=z_loss, GRADIENT=gradient, IGNORED=IGNORE_INDEX,
+        Z_LOSS=z_loss, GRADIENT_SCALE=scale, IGNORED=IGNORE_INDEX,
     )  # fmt: skip
 
 
@@ -130,12 +129,13 @@ class VocabularyConfig:
     num_warps: int
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def config(v: int, dtype: torch.dtype, arch: Architecture) -> VocabularyConfig:
     """Two loads of 128 bits a thread in flight. Short rows get fewer warps; those of which two to a multiprocessor
-    would not fit into L2 get 32, which leaves room for one."""
-    vector, row_bytes = 16 // dtype.itemsize, triton.next_power_of_2(v) * dtype.itemsize
-    num_warps = 32 if row_bytes > 128 * 1024 else min(16, max(1, row_bytes // 4096))
+    would not fit into three quarters of L2 get 32, which leaves room for one."""
+    vector, block_bytes = 16 // dtype.itemsize, triton.next_power_of_2(v) * dtype.itemsize
+    fits = 2 * arch.multiprocessors * v * dtype.itemsize <= 0.75 * arch.l2_bytes
+    num_warps = min(16, max(1, block_bytes // 4096)) if fits else 32
     return VocabularyConfig(min(64 * num_warps, triton.next_power_of_2(triton.cdiv(v, vector))), vector, num_warps)
 
 
@@ -152,7 +152,7 @@ def _launch(kernel, logits: Tensor, first: int, vocab_size: int, *tensors: Tenso
 
 def _forward(logits: Tensor, targets: Tensor, vocab_size: int, z_loss: float) -> tuple[Tensor, Tensor]:
     losses, logsumexp = (torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(2))
-    loss_and_gradient_(with_unit_stride(logits), targets.contiguous(), vocab_size, z_loss, losses, logsumexp, False)
+    loss_and_gradient_(with_unit_stride(logits), targets.contiguous(), vocab_size, z_loss, losses, logsumexp, 0.0)
     return losses, logsumexp
 
 
@@ -238,7 +238,7 @@ def _statistics_kernel(
 @triton.jit
 def _loss_kernel(
     logits, targets, losses, logsumexp,
-    STRIDE: tl.constexpr, V: tl.constexpr, USED: tl.constexpr, Z_LOSS: tl.constexpr, GRADIENT: tl.constexpr,
+    STRIDE: tl.constexpr, V: tl.constexpr, USED: tl.constexpr, Z_LOSS: tl.constexpr, GRADIENT_SCALE: tl.constexpr,
     IGNORED: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -251,9 +251,9 @@ def _loss_kernel(
     lse = maximum + log_total
     loss = log_total + (maximum - x_target) + Z_LOSS * lse * lse  # lse - x_target would cancel
     tl.store(losses + row, tl.where(target == IGNORED, 0.0, loss))
-    tl.store(logsumexp + row, tl.where(target == IGNORED, 0.0, lse))
-    if GRADIENT:
-        scale = tl.where(target == IGNORED, 0.0, 1.0)
+    tl.store(logsumexp + row, lse)
+    if GRADIENT_SCALE != 0.0:
+        scale = tl.where(target == IGNORED, 0.0, GRADIENT_SCALE)
         _write_gradient(x, x, target, lse, scale, V, USED, Z_LOSS, LANES, VECTOR)
 
 
@@ -272,7 +272,7 @@ def _gradient_kernel(
 
 
 def _forward_formula(logits: Tensor, targets: Tensor, vocab_size: int, z_loss: float) -> tuple[Tensor, Tensor]:
-    logsumexp = upcast(logits[:, :vocab_size]).logsumexp(dim=1).where(targets != IGNORE_INDEX, 0.0)
+    logsumexp = upcast(logits[:, :vocab_size]).logsumexp(dim=1)
     return cross_entropy_reference(logits, targets, vocab_size, z_loss), logsumexp
 
 

@@ -16,12 +16,11 @@ WARPS_PER_MULTIPROCESSOR = 32
 class Architecture:
     """Of a GPU, what a launch depends on."""
 
-    capability: tuple[int, int]
-    """CUDA compute capability, (9, 0) for Hopper."""
     multiprocessors: int
+    l2_bytes: int
 
 
-HOPPER = Architecture((9, 0), 132)
+HOPPER = Architecture(132, 50 * 2**20)
 """H100 SXM and H200: what the kernels are laid out and checked for."""
 
 
@@ -32,7 +31,7 @@ def architecture(device: torch.device) -> Architecture:
     if device.type != "cuda":
         return HOPPER
     properties = torch.cuda.get_device_properties(device)
-    return Architecture((properties.major, properties.minor), properties.multi_processor_count)
+    return Architecture(properties.multi_processor_count, properties.L2_cache_size)
 
 
 @dataclass(frozen=True)
@@ -46,18 +45,18 @@ class RowConfig:
     """Size of the grid."""
 
 
-@functools.cache
-def row_config(rows: int, n: int, elements_per_thread: int, persistent: bool, arch: Architecture) -> RowConfig:
+def row_config(rows: int, n: int, dtype: torch.dtype, arch: Architecture, persistent: bool) -> RowConfig:
     """Launch for `rows` rows of `n` elements.
 
     persistent: the grid fills the GPU once and its programs take the rows in turn (backward passes, which carry a
-    sum over rows); otherwise a row is a program. One warp holds up to 1024 elements in the latter case: it needs
-    no barrier and no shared memory.
+    sum over rows); a thread has one load of 128 bits from each tensor. Otherwise a row is a program and a thread has
+    two of them, but for rows of up to 2 KB, which are one warp's: it needs no barrier and no shared memory.
     """
-    block = max(32, triton.next_power_of_2(n))
-    num_warps = min(16, max(1, block // (32 * elements_per_thread)))
+    block, vector = max(32, triton.next_power_of_2(n)), 16 // dtype.itemsize
     if not persistent:
-        return RowConfig(block, num_warps if block > 1024 else 1, rows)
+        num_warps = 1 if block * dtype.itemsize <= 2048 else min(16, block // (32 * 2 * vector))
+        return RowConfig(block, num_warps, rows)
+    num_warps = min(16, max(1, block // (32 * vector)))
     per_multiprocessor = max(1, min(16, WARPS_PER_MULTIPROCESSOR // num_warps))
     return RowConfig(block, num_warps, min(rows, arch.multiprocessors * per_multiprocessor))
 
@@ -80,6 +79,15 @@ def row_layout(x: Tensor) -> tuple[Tensor, int, int]:
 def with_unit_stride(x: Tensor) -> Tensor:
     """`x`, copied only where its last stride is not 1."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def check_weight(weight: Tensor, n: int) -> None:
+    """Raise ValueError unless `weight` is [n] and contiguous: a kernel would read other memory (under ZeRO-3 a weight
+    that is not gathered has no elements)."""
+    if weight.numel() != n or not weight.is_contiguous():
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)}, strides {weight.stride()}, for rows of {n} elements"
+        )
 
 
 _compiled: dict[tuple, object] = {}

@@ -50,6 +50,7 @@ def linear_cross_entropy_reference(
     hidden: [N, E]; weight: [V, E], of the same type; targets: [N], int64, `IGNORE_INDEX` where there is no loss.
     vocab_size: rows of `weight` from this one on are padding and take no part (their gradient is zero). Default V.
     z_loss: factor of the squared logsumexp.
+    Raises ValueError where shapes or types do not fit together.
     chunk_bytes: budget for the logits of one chunk, in their own type. None: `CHUNK_BYTES`, but at least
         `MIN_CHUNK_ROWS` rows.
     """
@@ -69,6 +70,11 @@ def linear_cross_entropy(
 
 
 def _call(op, hidden, weight, targets, vocab_size, z_loss, chunk_bytes):
+    if hidden.dtype != weight.dtype or hidden.size(1) != weight.size(1) or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, {hidden.dtype}, weight {tuple(weight.shape)}, {weight.dtype}, "
+            f"targets {tuple(targets.shape)}"
+        )
     vocab_size = weight.size(0) if vocab_size is None else vocab_size
     wanted = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
     return op(hidden, weight, targets.contiguous(), vocab_size, z_loss, chunk_bytes, *wanted)[:2]
@@ -87,21 +93,29 @@ def chunk_rows(count: int, limit: int) -> int:
     return min(limit, -(-even // 128) * 128)
 
 
+def gradient_scale(dtype: torch.dtype) -> float:
+    """Factor of the logits' gradient until the backward pass: without one, fp16 would lose what is below 6e-8, before
+    the scale of the loss, which comes in the backward pass, could help."""
+    return 1024.0 if dtype == torch.float16 else 1.0
+
+
 def _fake(
     hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, z_loss: float, chunk_bytes: int | None,
     want_hidden: bool, want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Objective, cross-entropy, and the objective's gradients, of which one that is not wanted is an empty tensor.
 
-    Nothing is computed yet. The weight's gradient over several chunks is in fp32.
+    Nothing is computed yet. The gradients are `gradient_scale` times too large; that of the weight is in fp32 where it
+    is a sum over several chunks.
     """
     wide = torch.promote_types(hidden.dtype, torch.float32)
     several = hidden.size(0) > chunk_limit(weight.size(0) * weight.element_size(), chunk_bytes)
+    wide_weight = several or hidden.dtype == torch.float16  # whose range a sum over the batch may leave
     return (
         hidden.new_empty((), dtype=wide),
         hidden.new_empty((), dtype=wide),
         hidden.new_empty(hidden.shape if want_hidden else 0),
-        weight.new_empty(weight.shape if want_weight else 0, dtype=wide if several else weight.dtype),
+        weight.new_empty(weight.shape if want_weight else 0, dtype=wide if wide_weight else weight.dtype),
     )
 
 
@@ -117,28 +131,29 @@ def _forward_with(loss_and_gradient: Callable) -> Callable:
         rows = chunk_rows(count, chunk_limit(v * weight.element_size(), chunk_bytes))
         logits = hidden.new_empty(min(rows, count), v)
         losses, logsumexp = objective.new_empty(2, count).unbind()
+        scale = gradient_scale(hidden.dtype) if want_hidden or want_weight else 0.0
         for start in range(0, max(1, count), rows):  # no rows at all: the weight's gradient is still to be written
             chunk = slice(start, start + rows)
             hidden_chunk = hidden[chunk]
             chunk_logits = torch.mm(hidden_chunk, weight.T, out=logits[: hidden_chunk.size(0)])
             loss_and_gradient(
-                chunk_logits, targets[chunk], vocab_size, z_loss, losses[chunk], logsumexp[chunk],
-                want_hidden or want_weight,
+                chunk_logits, targets[chunk], vocab_size, z_loss, losses[chunk], logsumexp[chunk], scale
             )  # fmt: skip
             if want_hidden:
                 torch.mm(chunk_logits, weight, out=grad_hidden[chunk])
             if want_weight:
                 _add_product_(grad_weight, chunk_logits.T, hidden_chunk, start > 0)
         torch.sum(losses, dim=0, out=objective)
-        plain = torch.addcmul(losses, logsumexp, logsumexp, value=-z_loss) if z_loss else losses
-        torch.sum(plain, dim=0, out=cross_entropy)
+        if z_loss:
+            losses -= (z_loss * logsumexp.square()).where(targets != IGNORE_INDEX, 0.0)
+        torch.sum(losses, dim=0, out=cross_entropy)
         return objective, cross_entropy, grad_hidden, grad_weight
 
     return forward
 
 
 def _loss_and_gradient_formula_(
-    logits: Tensor, targets: Tensor, vocab_size: int, z_loss: float, losses: Tensor, logsumexp: Tensor, gradient: bool
+    logits: Tensor, targets: Tensor, vocab_size: int, z_loss: float, losses: Tensor, logsumexp: Tensor, scale: float
 ) -> None:
     """`cross_entropy.loss_and_gradient_` in PyTorch."""
     x = upcast(logits[:, :vocab_size])
@@ -146,10 +161,10 @@ def _loss_and_gradient_formula_(
     index = targets.where(is_target, 0).unsqueeze(1)
     log_probs = x.log_softmax(dim=1)  # one fused pass; logsumexp is four
     row_losses = -log_probs.gather(1, index).squeeze(1)
-    torch.mul(x.gather(1, index).squeeze(1) + row_losses, is_target, out=logsumexp)
+    torch.add(x.gather(1, index).squeeze(1), row_losses, out=logsumexp)
     torch.mul(row_losses + z_loss * logsumexp.square(), is_target, out=losses)
-    if gradient:
-        ones = is_target.to(x.dtype).unsqueeze(1)
+    if scale:
+        ones = scale * is_target.to(x.dtype).unsqueeze(1)
         grad = log_probs.exp_().mul_(ones * (1 + 2 * z_loss * logsumexp.unsqueeze(1))).scatter_add_(1, index, -ones)
         logits[:, :vocab_size] = grad
         logits[:, vocab_size:] = 0.0
@@ -171,7 +186,7 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor, add: bool) -> None
 
 def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(*output[2:])
-    ctx.dtype = inputs[0].dtype
+    ctx.dtype, ctx.scale = inputs[0].dtype, gradient_scale(inputs[0].dtype)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -180,7 +195,8 @@ def _gradients(ctx, backward, dobjective, *_):
     """Upstream gradient times the gradients, multiplied in fp32 and rounded once."""
     if dobjective is None:
         return (None,) * 8
-    dobjective = dobjective.reshape(1)  # a scalar would first be rounded to the gradients' type
+    # Of one dimension, since a scalar would first be rounded to the gradients' type.
+    dobjective = dobjective.reshape(1) / ctx.scale
     scaled = [
         torch.mul(gradient, dobjective, out=torch.empty_like(gradient, dtype=ctx.dtype)) if wanted else None
         for gradient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from megaslm_kernels._triton import tl, triton
-from megaslm_kernels.launch import Architecture, architecture, launch, sum_rows, with_unit_stride
+from megaslm_kernels.launch import Architecture, architecture, check_weight, launch, sum_rows, with_unit_stride
 from megaslm_kernels.registration import register, upcast
 from megaslm_kernels.rms_norm import rms_norm_reference
 from megaslm_kernels.rotary import (
     HeadsConfig,
+    check_heads,
     contiguous_heads,
     heads_config,
     heads_of,
@@ -61,20 +62,23 @@ def qk_norm_rotary(
     return _qk_norm_rotary(q, k, q_weight, k_weight, cos, sin, eps, positions)
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def forward_config(tokens: int, heads: int, d: int, half: int, dtype: torch.dtype, arch: Architecture) -> HeadsConfig:
-    return heads_config(tokens, heads, d, half, arch, holds_rest=True)
+    return heads_config(tokens, heads, d, half, dtype, arch, holds_rest=True)
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def backward_config(tokens: int, heads: int, d: int, half: int, dtype: torch.dtype, arch: Architecture) -> HeadsConfig:
-    return heads_config(tokens, heads, d, half, arch, holds_rest=True, persistent=True)
+    return heads_config(tokens, heads, d, half, dtype, arch, holds_rest=True, persistent=True)
 
 
 def _forward(
     q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float,
     positions: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_heads(q, k, cos, sin, positions)
+    check_weight(q_weight, q.size(3))
+    check_weight(k_weight, q.size(3))
     q, k = with_unit_stride(q), with_unit_stride(k)
     batch, length, query_heads, d = q.shape
     key_heads, half = k.size(2), cos.size(1)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def register(
@@ -46,6 +47,7 @@ def register(
             return output
 
         @staticmethod
+        @once_differentiable  # a second derivative is an error, not a term that is missing in silence
         def backward(ctx, *output_gradients):
             return gradients(ctx, backward, *output_gradients)
 

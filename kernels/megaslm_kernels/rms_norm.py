@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megaslm_kernels._triton import tl, triton
-from megaslm_kernels.launch import Architecture, RowConfig, architecture, launch, row_config, row_layout, sum_rows
+from megaslm_kernels.launch import (
+    Architecture,
+    RowConfig,
+    architecture,
+    check_weight,
+    launch,
+    row_config,
+    row_layout,
+    sum_rows,
+)
 from megaslm_kernels.registration import register, upcast
 
 
@@ -26,25 +35,27 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`rms_norm_reference` in Triton: x [..., N], any strides; weight [N], contiguous. Returns [..., N], contiguous."""
+    """`rms_norm_reference` in Triton: x [..., N], any strides; weight [N], contiguous. Returns [..., N], contiguous.
+    Raises ValueError for another weight."""
     return _rms_norm(x, weight, eps)[0]
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def forward_config(rows: int, n: int, dtype: torch.dtype, arch: Architecture) -> RowConfig:
-    """16 elements a thread: two loads of 128 bits in bf16."""
-    return row_config(rows, n, 16, False, arch)
+    """A row a program."""
+    return row_config(rows, n, dtype, arch, persistent=False)
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def backward_config(rows: int, n: int, dtype: torch.dtype, arch: Architecture) -> RowConfig:
-    """8 elements a thread, since x, dy, w and the sum of dw are held at once in fp32."""
-    return row_config(rows, n, 8, True, arch)
+    """Persistent; few elements a thread, since x, dy, w and the sum of dw are held at once in fp32."""
+    return row_config(rows, n, dtype, arch, persistent=True)
 
 
 def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     rows, count, stride = row_layout(x)
     n = x.size(-1)
+    check_weight(weight, n)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     rstd = torch.empty(count, dtype=torch.float32, device=x.device)
     config = forward_config(count, n, x.dtype, architecture(x.device))

@@ -68,13 +68,14 @@ class HeadsConfig:
 
 
 def heads_config(
-    tokens: int, heads: int, d: int, half: int, arch: Architecture, holds_rest: bool = False, persistent: bool = False
-) -> HeadsConfig:
+    tokens: int, heads: int, d: int, half: int, dtype: torch.dtype, arch: Architecture, holds_rest: bool = False,
+    persistent: bool = False,
+) -> HeadsConfig:  # fmt: skip
     """Launch for `tokens` tokens of `heads` heads (H + K) of `d` channels, of which 2 `half` are rotated.
 
-    8 pairs a thread: in bf16, one 128-bit load for their first channels and one for their second. A kernel that only
-    rotates then needs so few registers that a multiprocessor holds nearly all the warps it can. No head is shared
-    between warps: no barrier. A tile is one to four warps.
+    A thread has one 128-bit load for the first channels of its pairs and one for the second: 8 pairs in bf16. A kernel
+    that only rotates then needs so few registers that a multiprocessor holds nearly all the warps it can. No head is
+    shared between warps: no barrier. A tile is one to four warps (eight in fp32).
     holds_rest: the channels past the rotated ones stay in registers and count as pairs do; else they are only copied.
     persistent: the grid fills the GPU once, with 16 warps a multiprocessor, as many as 128 registers a thread allow.
     These have few loads in flight, so the tile is the one with fewest rows that hold no head: 20 heads are three
@@ -89,7 +90,7 @@ def heads_config(
         halves = (block >> i for i in range(1, 8))
         block = min((block, *(size for size in halves if size >= max(8, smallest))), key=lambda size: -heads % size)
     tiles = triton.cdiv(heads, block)
-    num_warps = triton.next_power_of_2(triton.cdiv(block * held, 32 * 8))
+    num_warps = triton.next_power_of_2(triton.cdiv(block * held, 32 * 16 // dtype.itemsize))
     resident = arch.multiprocessors * (16 // num_warps)
     programs = min(tokens, max(1, resident // tiles)) if persistent else tokens
     return HeadsConfig(block, pairs, rest, num_warps, (programs, tiles, 1))
@@ -100,10 +101,10 @@ def _power_of_2_below(n: int) -> int:
     return 1 << max(0, n.bit_length() - 1)
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def rotary_config(tokens: int, heads: int, d: int, half: int, dtype: torch.dtype, arch: Architecture) -> HeadsConfig:
     """A program per token and tile of its heads, forward and backward."""
-    return heads_config(tokens, heads, d, half, arch)
+    return heads_config(tokens, heads, d, half, dtype, arch)
 
 
 def strides_of(*tensors: Tensor) -> tuple[list[int], int]:
@@ -118,6 +119,22 @@ def strides_of(*tensors: Tensor) -> tuple[list[int], int]:
         bits |= stride
     unit = bits & -bits
     return [stride // unit for stride in strides], unit
+
+
+def check_heads(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+    """Raise ValueError for sizes of which a kernel would read other memory. (The positions' values are not looked at:
+    the host would have to wait for them.)"""
+    if q.shape[:2] != k.shape[:2] or q.size(3) != k.size(3) or q.dtype != k.dtype:
+        raise ValueError(f"q {tuple(q.shape)}, {q.dtype}, and k {tuple(k.shape)}, {k.dtype}")
+    for table in (cos, sin):
+        if table.shape != cos.shape or table.dtype != torch.float32 or not table.is_contiguous():
+            raise ValueError(f"a table {tuple(table.shape)}, {table.dtype}, strides {table.stride()}")
+    if 2 * cos.size(1) > q.size(3):
+        raise ValueError(f"tables {tuple(cos.shape)} for heads of {q.size(3)} channels")
+    if positions is None and q.size(1) > cos.size(0):
+        raise ValueError(f"{q.size(1)} tokens, and tables of {cos.size(0)} positions")
+    if positions is not None and positions.shape != q.shape[:2]:
+        raise ValueError(f"positions {tuple(positions.shape)} for tokens {tuple(q.shape[:2])}")
 
 
 def _launch(
@@ -220,6 +237,7 @@ def _kernel(
 
 
 def _forward(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    check_heads(q, k, cos, sin, positions)
     return _launch(q, k, cos, sin, positions, conjugate=False)
 
 

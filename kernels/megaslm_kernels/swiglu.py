@@ -39,14 +39,14 @@ class BlockConfig:
     grid: tuple[int, int, int]
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def config(rows: int, f: int, dtype: torch.dtype, arch: Architecture) -> BlockConfig:
-    """The block of 512 to 2048 elements that leaves the fewest lanes idle at the row's end, the larger of equals; 16
-    elements a thread, two loads of 128 bits in bf16 from each input."""
+    """The block of 512 to 2048 elements that leaves the fewest lanes idle at the row's end, the larger of equals. A
+    thread has two loads of 128 bits from each input."""
     block = min((2048, 1024, 512), key=lambda block: triton.cdiv(f, block) * block)
     block = min(block, triton.next_power_of_2(f))
     # Rows on the first axis, which alone may pass 65,535.
-    return BlockConfig(block, max(1, block // 512), (rows, triton.cdiv(f, block), 1))
+    return BlockConfig(block, max(1, block * dtype.itemsize // (32 * 32)), (rows, triton.cdiv(f, block), 1))
 
 
 def _forward(gate_up: Tensor) -> Tensor:

@@ -89,6 +89,14 @@ class RotaryTable(nn.Module):
         self.cos.copy_(angles.cos())
         self.sin.copy_(angles.sin())
 
+    def _apply(self, fn, recurse=True):
+        """Follow the model to another device, not to another type: in bf16, far positions would share their angles."""
+        super()._apply(fn, recurse)
+        if self.cos.dtype != torch.float32:
+            self.cos, self.sin = (torch.empty_like(table, dtype=torch.float32) for table in (self.cos, self.sin))
+            self.fill()
+        return self
+
     def forward(self, length: int) -> tuple[Tensor, Tensor]:
         return self.cos[:length], self.sin[:length]
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import torch
+from megaslm_kernels import triton_obstacle
 
 from megaslm.config import zero_stage
 from megaslm.model import count_parameters, flops_per_token
@@ -86,6 +87,8 @@ def _notes(plan: Plan) -> list[str]:
     warmup, micro = plan.run.schedule.warmup_steps, plan.run.train.micro_batch_size
     if warmup >= plan.steps:
         notes.append(f"the warmup of {warmup:,} steps is longer than the run: the learning rate never reaches its peak")
+    if plan.run.train.kernels == "auto" and plan.ranks.device.type == "cuda" and plan.ops.backend == "reference":
+        notes.append(f"PyTorch's operations instead of the fused kernels: {triton_obstacle(plan.ranks.device)}")
     per_rank = plan.run.train.global_batch_size // plan.ranks.data_parallel_size
     if plan.layout.micro_batch_size < min(micro, per_rank):
         notes.append(

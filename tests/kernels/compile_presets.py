@@ -1,5 +1,7 @@
 """Compile every kernel for sm_90 as the presets would launch it; print what the assembler made of it, a JSON a line.
 
+All presets in bf16; one of them also in fp32, with positions, and with one of two results unused.
+
     python tests/kernels/compile_presets.py OP ...
 
 Runs on any machine: the launchers get meta tensors, and the driver is a stub. A process of its own, see stub_driver.py.
@@ -17,8 +19,12 @@ from megaslm_kernels import TRITON
 
 from megaslm.config import RunConfig, list_presets, load_run_config
 
+DTYPE = torch.bfloat16
+OTHER_PRESET = "megaslm_350m"
 
-def tensor(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+
+def tensor(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    dtype = dtype or DTYPE
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=dtype.is_floating_point)
 
 
@@ -49,6 +55,11 @@ def add_rms_norm(count: int, n: int):
     return TRITON.add_rms_norm(tensor(count, n), tensor(count, n), tensor(n), 1e-5)
 
 
+def last_norm(count: int, n: int):
+    """Of a model: nothing but the norm reads the sum."""
+    return add_rms_norm(count, n)[1]
+
+
 def swiglu(count: int, f: int):
     return TRITON.swiglu(tensor(count, 2 * f))
 
@@ -68,6 +79,25 @@ def rotary(*sizes: int):
 def qk_norm_rotary(*sizes: int):
     q, k, cos, sin = packed_heads(*sizes)
     return TRITON.qk_norm_rotary(q, k, tensor(sizes[4]), tensor(sizes[4]), cos, sin, 1e-5)
+
+
+def rotary_of_documents(*sizes: int):
+    return TRITON.rotary(*packed_heads(*sizes), tensor(*sizes[:2], dtype=torch.int64))
+
+
+def qk_norm_rotary_of_documents(*sizes: int):
+    q, k, cos, sin = packed_heads(*sizes)
+    positions = tensor(*sizes[:2], dtype=torch.int32)
+    return TRITON.qk_norm_rotary(q, k, tensor(sizes[4]), tensor(sizes[4]), cos, sin, 1e-5, positions)
+
+
+def shard(count: int, vocab_size: int):
+    """The second quarter of the vocabulary, statistics and gradient."""
+    v = -(-vocab_size // (4 * 128)) * 128
+    logits, targets = tensor(count, v).detach(), tensor(count, dtype=torch.int64)
+    maximum, total, _ = TRITON.shard_statistics(logits, targets, v, vocab_size)
+    TRITON.shard_gradient_(logits, targets, v, vocab_size, maximum, total, 1e-4)
+    return ()
 
 
 def linear_cross_entropy(count: int, width: int, vocab_size: int):
@@ -97,6 +127,15 @@ OPS: dict[str, tuple[Callable, Callable, Callable]] = {
 """Name -> the op on meta tensors of given sizes, the sizes of a preset, and the elements of the row that is loaded."""
 
 
+OTHERS = {
+    "add_rms_norm": last_norm,
+    "rotary": rotary_of_documents,
+    "qk_norm_rotary": qk_norm_rotary_of_documents,
+    "cross_entropy": shard,
+}
+"""Other calls of an op, that compile other kernels."""
+
+
 def shapes(op: str) -> Iterator[tuple[int, ...]]:
     """Of all presets; for qk_norm_rotary of those that rotate whole heads, since no preset normalises and rotates a
     part of them (where its loads are narrower)."""
@@ -108,14 +147,21 @@ def shapes(op: str) -> Iterator[tuple[int, ...]]:
 
 def backward(outputs) -> None:
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-    torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+    if outputs:
+        torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
 
 
 def compiled(op: str) -> Iterator[tuple[str, tuple[int, ...], object]]:
     """(direction, sizes, kernel) of every launch of `op` that differs from those before."""
+    global DTYPE
     known = set(stub_driver.launch._compiled)
-    function = OPS[op][0]
-    for shape in shapes(op):
+    function, sizes, _ = OPS[op]
+    other = sizes(load_run_config(OTHER_PRESET))
+    cases = [(torch.bfloat16, function, shape) for shape in shapes(op)]
+    cases += [(torch.bfloat16, OTHERS[op], other)] if op in OTHERS else []
+    cases += [(torch.float32, function, other)]
+    for dtype, function, shape in cases:
+        DTYPE = dtype
         outputs = function(*shape)
         for direction in ("forward", "backward"):
             if direction == "backward":

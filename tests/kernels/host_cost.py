@@ -43,6 +43,11 @@ def cases() -> dict[str, tuple[Callable, Callable, list]]:
         "cross_entropy": (
             TRITON.cross_entropy, lambda x, t: F.cross_entropy(x, t, reduction="none"), [x, torch.tensor([1, 2])],
         ),
+        "linear_cross_entropy": (
+            lambda *arguments: TRITON.linear_cross_entropy(*arguments)[0],
+            lambda x, w, t: F.cross_entropy(F.linear(x, w), t, reduction="sum"),
+            [x, leaf(32, 64), torch.tensor([1, 2])],
+        ),
     }  # fmt: skip
 
 

@@ -65,6 +65,27 @@ def test_losses(vocab, dtype):
         assert error < (1e-4 if dtype == torch.float32 else 1e-2)
 
 
+def test_the_weight_gradient_does_not_get_worse_with_the_number_of_chunks():
+    """Its sum over chunks is in fp32, by products of bf16 that CUDA alone has."""
+    hidden, weight = (random(n, 64, dtype=torch.bfloat16, seed=n).cuda().requires_grad_() for n in (8192, 128))
+    targets = torch.arange(8192, device="cuda") % 128
+    exact = weight.detach().double().requires_grad_()
+    torch.nn.functional.cross_entropy(hidden.detach().double() @ exact.T, targets, reduction="sum").backward()
+    errors = []
+    for rows in (8192, 128):
+        objective, _ = TRITON.linear_cross_entropy(hidden, weight, targets, None, 0.0, 2 * 128 * rows)
+        (gradient,) = torch.autograd.grad(objective, weight)
+        errors.append(float((gradient.double() - exact.grad).norm() / exact.grad.norm()))
+    assert errors[1] <= 1.5 * errors[0] and errors[0] < 0.02
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_on_another_device_than_the_current_one():
+    x, weight = random(8, 64), random(64)
+    y = TRITON.rms_norm(x.to("cuda:1"), weight.to("cuda:1"), 1e-5)
+    torch.testing.assert_close(y.cpu(), REFERENCE.rms_norm(x, weight, 1e-5))
+
+
 @pytest.mark.parametrize("chunk_bytes", [None, 2 * 128 * 128], ids=["one chunk", "several"])
 def test_the_upstream_gradient_is_not_rounded_to_bf16(chunk_bytes):
     """CUDA rounds a scalar to the type of the tensor it is multiplied with, where a CPU does not."""

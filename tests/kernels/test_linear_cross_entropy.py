@@ -99,3 +99,23 @@ def test_chunks_are_large_even_and_within_their_budget(count, row_bytes):
     chunks = -(-count // rows)
     assert chunks == -(-count // limit) and rows <= limit and limit >= 4096
     assert chunks == 1 or (rows % 128 == 0 or rows == limit) and rows - count // chunks <= 128
+
+
+def test_in_fp16_the_weight_gradient_of_a_large_batch_is_finite():
+    """It is the gradient of a sum: fp16 would overflow before the number of targets divides it."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(20_000, 8, generator=generator) + 4).half().requires_grad_()
+    weight = torch.zeros(64, 8, dtype=torch.float16).requires_grad_()
+    targets = torch.zeros(20_000, dtype=torch.int64)
+    (linear_cross_entropy_reference(hidden, weight, targets)[0] / 20_000).backward()
+    exact = weight.detach().double().requires_grad_()
+    F.cross_entropy(hidden.detach().double() @ exact.T, targets).backward()
+    torch.testing.assert_close(weight.grad.double(), exact.grad, atol=1e-4, rtol=2e-3)
+    assert hidden.grad.isfinite().all()
+
+
+def test_in_fp16_small_probabilities_have_a_gradient():
+    hidden, weight = torch.ones(1, 1).half(), torch.tensor([[17.0], [0.0]]).half().requires_grad_()
+    objective, _ = linear_cross_entropy_reference(hidden, weight, torch.tensor([0]))
+    (2.0**15 * objective).backward()  # as a loss scale does
+    assert weight.grad[1].item() == pytest.approx(2.0**15 * torch.tensor(-17.0).sigmoid().item(), rel=0.02)

@@ -144,3 +144,11 @@ def test_a_model_built_without_its_first_copy_is_the_same(name):
         assert ours == theirs and torch.equal(a, b)
     tokens, _ = batch()
     assert torch.equal(built(tokens), plain(tokens))
+
+
+def test_the_rotary_tables_stay_in_fp32_when_the_model_changes_its_type():
+    model = build()
+    before = model.decoder.rotary_table.cos.clone()
+    model.bfloat16()
+    assert model.head.weight.dtype == torch.bfloat16
+    assert torch.equal(model.decoder.rotary_table.cos, before) and before.dtype == torch.float32
