@@ -11,7 +11,10 @@ implementation is first compared with the reference, and not timed where it is w
 
 forward is the one of training, with what it saves (of the losses the one of evaluation); both is forward and backward.
 On a machine without a GPU the same runs on the CPU at small shapes. Writes FOLDER/kernels.json, after every shape, and
-FOLDER/roofline.png. Exit code 1: one of our own ops is wrong or failed.
+FOLDER/roofline.png. Exit code 1: one of our own ops is wrong or failed, or the device did, which ends the run.
+
+What takes longest, torch.compile and linear_cross_entropy, is measured at fewer shapes than the rest: left_out, in the
+JSON and at the end of the table, says what is missing; --full measures that too, in several times the time.
 """
 
 import argparse
@@ -32,29 +35,34 @@ from megaslm.errors import UserError
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
-# What the command does not name. torch.compile takes seconds per shape: it has fewer.
-DEFAULTS = {
-    "cpu": {
-        "widths": [512], "linear_widths": [512], "tokens": [256], "head_sizes": [64], "vocab_sizes": [1000],
-        "compile_widths": [512], "compile_tokens": [256], "dtype": "fp32",
-    },
+# Every shape, and the fewer ones of a run without --full, where the command names none.
+FULL = {
+    "cpu": {"widths": [512], "tokens": [256], "head_sizes": [64], "vocab_sizes": [1000]},
     "cuda": {
-        "widths": [512, 768, 1024, 1536, 2048, 3072, 4096], "linear_widths": [768, 1024, 2048],
-        "tokens": [16384, 32768, 4096], "head_sizes": [64, 128], "vocab_sizes": [50304, 32000],
-        "compile_widths": [768, 1024, 2048, 4096], "compile_tokens": [16384], "dtype": "bf16",
+        "widths": [512, 768, 1024, 1536, 2048, 3072, 4096], "tokens": [16384, 32768, 4096], "head_sizes": [64, 128],
+        "vocab_sizes": [50304, 32000],
+    },
+}  # fmt: skip
+DEFAULTS = {
+    "cpu": {},
+    "cuda": {
+        "linear_widths": [768, 1024, 2048], "compile_widths": [768, 1024, 2048, 4096], "compile_tokens": [16384],
     },
 }  # fmt: skip
 QUICK = {
-    "cpu": {"widths": [128], "linear_widths": [128], "tokens": [64], "compile_widths": [128], "compile_tokens": [64]},
+    "cpu": {"widths": [128], "tokens": [64]},
     "cuda": {
         "widths": [1024, 4096], "linear_widths": [1024], "tokens": [16384], "head_sizes": [64], "vocab_sizes": [50304],
         "compile_widths": [1024],
     },
 }  # fmt: skip
+# Sizes of some only, and the option that holds those of all.
+PARTS = {"linear_widths": "widths", "compile_widths": "widths", "compile_tokens": "tokens"}
 # Who reads an option that not all do: an option that nobody reads is a mistake of the user's.
 READERS = {
     "head_sizes": ("ops", ("rotary", "qk_norm_rotary")),
     "vocab_sizes": ("ops", ("cross_entropy", "linear_cross_entropy")),
+    "linear_widths": ("ops", ("linear_cross_entropy",)),
     "compile_widths": ("backends", ("compile",)),
     "compile_tokens": ("backends", ("compile",)),
 }
@@ -73,42 +81,73 @@ def parse_arguments() -> argparse.Namespace:
         "--compile_widths", nargs="+", type=int, help="of torch.compile (--widths, or fewer by default)"
     )
     parser.add_argument("--compile_tokens", nargs="+", type=int, help="likewise")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes where they are not given")
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="fewer shapes where they are not given")
+    extent.add_argument(
+        "--full",
+        action="store_true",
+        help=f"""every shape where they are not given; without it, on a
+        GPU, linear_cross_entropy is measured at widths {listed(DEFAULTS["cuda"]["linear_widths"])} and torch.compile
+        at widths {listed(DEFAULTS["cuda"]["compile_widths"])} of {listed(DEFAULTS["cuda"]["compile_tokens"])} tokens
+        only, the rest at widths {listed(FULL["cuda"]["widths"])} of {listed(FULL["cuda"]["tokens"])} tokens""",
+    )
     parser.add_argument("--limit_seconds", type=float, default=float("inf"), help="start no further shape after that")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark_kernels"), metavar="FOLDER")
     return parser.parse_args()
 
 
 def complete(arguments: argparse.Namespace, device_type: str, ops: list[str], backends: list[str]) -> None:
-    """Fill in what the command left out. Raises UserError for what cannot be measured and what nobody would read."""
+    """Fill in what the command does not name, and left_out. Raises UserError for what cannot be measured or would be
+    ignored."""
     for option, known in (("ops", ops), ("backends", backends)):
         given = getattr(arguments, option) or known
         unknown = [name for name in given if name not in known]
         if unknown:
             raise UserError(f"--{option}: {', '.join(unknown)} is not one of {', '.join(known)}")
         setattr(arguments, option, given)
-    for option, (where, readers) in READERS.items():
-        if getattr(arguments, option) and not set(readers) & set(getattr(arguments, where)):
+    arguments.linear_widths = None
+    unread = [o for o, (where, readers) in READERS.items() if not set(readers) & set(getattr(arguments, where))]
+    for option in unread:
+        if getattr(arguments, option):
+            where, readers = READERS[option]
             raise UserError(f"--{option} is for {' and '.join(readers)}: add one to --{where} or leave it out")
-    # Widths and tokens that are asked for are measured by all.
-    arguments.linear_widths = arguments.widths
-    asked = {"compile_widths": arguments.compile_widths, "compile_tokens": arguments.compile_tokens}
-    arguments.compile_widths = arguments.compile_widths or arguments.widths
-    arguments.compile_tokens = arguments.compile_tokens or arguments.tokens
-    for option, value in (DEFAULTS[device_type] | (QUICK[device_type] if arguments.quick else {})).items():
-        given = getattr(arguments, option) or value
-        if option != "dtype" and min(given) < 1:
-            raise UserError(f"--{option}: {min(given)} is below 1")
-        setattr(arguments, option, given)
-    for option, whole in (("compile_widths", "widths"), ("compile_tokens", "tokens")):
-        extra = set(asked[option] or ()) - set(getattr(arguments, whole))
-        if extra:
-            raise UserError(f"--{option}: {min(extra)} is not among the --{whole}")
+    choose_sizes(arguments, device_type, unread)
+    arguments.dtype = arguments.dtype or ("bf16" if device_type == "cuda" else "fp32")
     if {"rotary", "qk_norm_rotary"} & set(arguments.ops):
         for size in arguments.head_sizes:
             odd = [width for width in arguments.widths if size % 2 or width % size]
             if odd:
                 raise UserError(f"--head_sizes: {size} is odd or does not divide the width {odd[0]}")
+
+
+def choose_sizes(arguments: argparse.Namespace, device_type: str, unread: list[str]) -> None:
+    """Those that the command does not name; what a run with --full would add to them goes to left_out.
+
+    unread: options that nobody reads in this run.
+    """
+    asked = {option: getattr(arguments, option) for option in (*FULL[device_type], *PARTS)}
+    every = {option: asked[option] or sizes for option, sizes in FULL[device_type].items()}
+    every |= {part: asked[part] or every[option] for part, option in PARTS.items()}
+    few = {} if arguments.full else QUICK[device_type] if arguments.quick else DEFAULTS[device_type]
+    for option in FULL[device_type]:
+        setattr(arguments, option, asked[option] or few.get(option, every[option]))
+    for part, option in PARTS.items():
+        whole = getattr(arguments, option)
+        if extra := set(asked[part] or ()) - set(whole):
+            raise UserError(f"--{part}: {min(extra)} is not among the --{option}")
+        # What is asked for of all is measured by all.
+        setattr(arguments, part, asked[part] or (whole if asked[option] else few.get(part, whole)))
+    arguments.left_out = {}
+    for option, sizes in every.items():
+        if min(sizes) < 1:
+            raise UserError(f"--{option}: {min(sizes)} is below 1")
+        missing = sorted(set(sizes) - set(getattr(arguments, option)))
+        if missing and option not in unread:
+            arguments.left_out[option] = missing
+
+
+def listed(values: list[int]) -> str:
+    return ", ".join(map(str, sorted(values)))
 
 
 def select_cases(arguments: argparse.Namespace) -> list:
@@ -191,15 +230,16 @@ def main() -> int:
     timer = (CudaTimer if device.type == "cuda" else HostTimer)(device)
     benchmark = Benchmark(arguments.backends, partial(compiles, arguments), timer, started + arguments.limit_seconds)
     facts = device_facts(device) | {"dtype": arguments.dtype} | benchmark.roofs(getattr(torch, DTYPES[arguments.dtype]))
-    report = facts | {"cases_left": len(cases), "absent": benchmark.absent, "rows": []}
+    report = facts | {"left_out": arguments.left_out, "cases_left": len(cases), "fault": None}
+    report |= {"absent": benchmark.absent, "rows": []}
     print(f"{facts['device']}: copy {facts['copy_gb_per_s']:,.0f} GB/s, "
           f"matrix product {facts['products_tflop_per_s']:,.1f} TFLOP/s, {arguments.dtype}\n{HEADER}")  # fmt: skip
     for done, case in enumerate(cases, start=1):
-        if benchmark.out_of_time():
+        if benchmark.fault or benchmark.out_of_time():
             break
         rows = benchmark.rows_of(case)
         report["rows"] += rows
-        report["cases_left"] = len(cases) - done
+        report |= {"cases_left": len(cases) - done, "fault": benchmark.fault}
         write_json(arguments.output / "kernels.json", report)
         for row in rows:
             print(line(row), flush=True)
@@ -208,8 +248,14 @@ def main() -> int:
     print("\n".join(["", *summary(report["rows"])]))
     for name, reasons in benchmark.absent.items():
         print(f"absent: {name}: " + "; ".join(f"{reason} ({', '.join(ops)})" for reason, ops in reasons.items()))
+    for option, sizes in arguments.left_out.items():
+        print(f"left out without --full: {option} {listed(sizes)}")
+    left = f"{report['cases_left']} of {len(cases)} cases are not measured"
+    if benchmark.fault:
+        print(f"stopped, the device is lost to this process: {benchmark.fault}; {left}", file=sys.stderr)
+        return 1
     if report["cases_left"]:
-        print(f"stopped at --limit_seconds: {report['cases_left']} of {len(cases)} cases are not measured")
+        print(f"stopped at --limit_seconds: {left}")
     return int(any(row["implementation"] == "triton" and row["status"] != "ok" for row in report["rows"]))
 
 

@@ -341,11 +341,13 @@ def _liger(op: str) -> Implementation | None:
     def rotary():
         rope = symbol("liger_rope")
 
-        def function(q, k, cos, sin):  # Liger takes heads before tokens and, as Hugging Face, each angle twice
+        # As Hugging Face, Liger takes heads before tokens, each angle twice, and tables with an axis of sequences
+        # (without it, 0.5.10 reads beyond them for the second).
+        def function(q, k, cos, sin):
             q, k = rope(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
             return q.transpose(1, 2), k.transpose(1, 2)
 
-        return Implementation(function, _tables_twice)
+        return Implementation(function, lambda a: [x[None] if _is_table(x) else x for x in _tables_twice(a)])
 
     def add_rms_norm():
         fused = symbol("liger_fused_add_rms_norm")

@@ -16,24 +16,30 @@ class HostTimer:
 
     minimum_bytes = 8e6
     """Moved by what is timed once: calls on several sets of inputs follow one another until they are."""
+    cold_bytes = 64e6
+    """Read before a sample, so that the caches hold nothing of its inputs."""
     has_queue = False
 
     def __init__(self, device):
         self.device = device
-        self._cold = torch.ones(int(16e6), device=device)
+        self._cold = torch.ones(int(self.cold_bytes / 4), device=device)
 
     def synchronize(self) -> None:
         pass
 
-    def samples(self, prepare: Callable[[], list], body: Callable[[list], None], count: int, host_us: float):
-        """ms of `body(prepare())`, without prepare, `count` times with cold caches. host_us: of body on the host."""
+    def samples(self, prepare: Callable[[], list], body: Callable[[list], object], count: int, host_us: float):
+        """ms of `body(prepare())`, without prepare, `count` times with cold caches. host_us: of body on the host.
+
+        What body returns is held until its time is taken, and let go of before the next sample.
+        """
         found = []
         for _ in range(count):
             state = prepare()
             self._cold.sum()
             started = time.perf_counter()
-            body(state)
+            results = body(state)
             found.append(1e3 * (time.perf_counter() - started))
+            del state, results
         return found
 
     def peak_bytes(self, work: Callable[[], object]) -> int | None:
@@ -65,9 +71,9 @@ class CudaTimer(HostTimer):
             torch.cuda._sleep(int((2 * host_us + 50) * self.CYCLES_PER_US))
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            body(state)
+            results = body(state)
             end.record()
-            del state
+            del state, results
             events.append((start, end))
         self.synchronize()
         return [start.elapsed_time(end) for start, end in events]
@@ -76,11 +82,17 @@ class CudaTimer(HostTimer):
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         work()
+        self.synchronize()  # what it breaks on the device fails here, and not in the next one's row
         return torch.cuda.max_memory_allocated(self.device) - before
 
 
 def measure(timer: HostTimer, prepare: Callable, body: Callable, calls: int) -> dict:
-    """Figures of one call. body: of `prepare(n)`, which makes what n calls take; calls: so many are one sample."""
+    """Figures of one call.
+
+    body: of `prepare(n)`, which makes what n calls take; returns what they made. Held all together it has a place in
+    memory for each call, as the targets of the copies do: written over, a small one would never leave the L2.
+    calls: so many are one sample.
+    """
     body(prepare(1))
     body(prepare(1))  # the first one compiled
     timer.synchronize()
@@ -90,18 +102,20 @@ def measure(timer: HostTimer, prepare: Callable, body: Callable, calls: int) -> 
     body(state)
     timer.synchronize()
     ms = 1e3 * (time.perf_counter() - started)
-    in_a_row = max(2, min(10, int(100 / ms)))  # few: a full queue would hold the host up
+    # Few: a full queue would hold the host up, and 10 ms of calls cannot have written more than 50 GB to hold.
+    in_a_row = max(2, min(10, int(10 / ms)))
+    body(prepare(max(calls, in_a_row)))  # the allocator has the memory of all from here on
     host, end_to_end = [], []
     for _ in range(4):
         state = prepare(in_a_row)
         timer.synchronize()
         started = time.perf_counter()
-        body(state)
+        results = body(state)
         queued = time.perf_counter()
         timer.synchronize()
         host.append(1e6 * (queued - started) / in_a_row)
         end_to_end.append(1e6 * (time.perf_counter() - started) / in_a_row)
-        del state
+        del state, results
     host_us = statistics.median(host)
     count = max(5, min(25, int(100 / (calls * max(ms, host_us / 1e3)))))
     samples = [x / calls for x in timer.samples(lambda: prepare(calls), body, count, calls * host_us)]
@@ -132,7 +146,7 @@ class Subject:
         self._evaluated = [[a.detach() if isinstance(a, Tensor) else a for a in x] for x in self._arguments]
         self._leaves = [[a for a in x if isinstance(a, Tensor) and a.requires_grad] for x in inputs]
         self._device, self._dtype = device, case.dtype
-        self._upstream: list[Tensor] = []
+        self._upstream: list[list[Tensor]] = []
 
     def outputs(self, i: int) -> list[Tensor]:
         """The differentiable ones of a call on set i."""
@@ -140,37 +154,39 @@ class Subject:
         return [y for y in (outputs if isinstance(outputs, tuple) else (outputs,)) if y.requires_grad]
 
     def gradients(self, i: int, outputs: list[Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(outputs, self._leaves[i % len(self._leaves)], self._upstream)
+        i %= len(self._leaves)
+        return torch.autograd.grad(outputs, self._leaves[i], self._upstream[i])
 
     def values(self) -> list[Tensor]:
         """Outputs and gradients of set 0. To be called first, and once: the inputs may have been written over after."""
         outputs = self.outputs(0)
         kept = [y.detach().clone() for y in outputs]
         generator = torch.Generator(self._device).manual_seed(1)
-        for y in outputs:
-            upstream = torch.randn(y.shape, generator=generator, device=self._device, dtype=self._dtype)
-            self._upstream.append(upstream.to(y.dtype))
+        upstream = [
+            torch.randn(y.shape, generator=generator, device=self._device, dtype=self._dtype).to(y.dtype)
+            for y in outputs
+        ]
+        self._upstream = [upstream, *([dy.clone() for dy in upstream] for _ in self._leaves[1:])]
         return [*kept, *self.gradients(0, outputs)]
 
     def work(self, direction: str) -> tuple[Callable, Callable]:
         """prepare and body of `measure`."""
 
         def forward(state):
-            for i in state:
-                self.function(*self._arguments[i % len(self._arguments)])
+            return [self.function(*self._arguments[i % len(self._arguments)]) for i in state]
 
         def evaluate(state):
             with torch.no_grad():
-                for i in state:
-                    self.function(*self._evaluated[i % len(self._evaluated)])
+                return [self.function(*self._evaluated[i % len(self._evaluated)]) for i in state]
 
         def both(state):
-            for i in state:
-                self.gradients(i, self.outputs(i))
+            return [(outputs := self.outputs(i), self.gradients(i, outputs)) for i in state]
 
         def backward(state):
+            results = []
             while state:  # each graph is let go of, as in training
-                self.gradients(*state.pop())
+                results.append(self.gradients(*state.pop()))
+            return results
 
         if direction == "backward":
             return lambda calls: [(i, self.outputs(i)) for i in range(calls)], backward
@@ -223,9 +239,11 @@ class Benchmark:
         """compiles: whether torch.compile is measured at a case. end: of the time, in time.monotonic()."""
         self._backends, self._compiles, self._timer, self._end = backends, compiles, timer, end
         self._device = timer.device
-        self._copies: dict[tuple[int, int], float] = {}
+        self._copies: dict[tuple[int, int], dict] = {}
         self.absent: dict[str, dict[str, list[str]]] = {}
         """Ops by implementation and reason."""
+        self.fault: str | None = None
+        """What took the device away, and how: nothing can be measured after it."""
 
     def out_of_time(self) -> bool:
         return time.monotonic() > self._end
@@ -236,7 +254,7 @@ class Benchmark:
         x, y = (torch.randn(n, n, device=self._device, dtype=dtype) for _ in range(2))
         product = measure(self._timer, range, lambda calls: [x @ y for _ in calls], 1)
         return {
-            "copy_gb_per_s": size / self._copy_ms(size, 1) / 1e6,
+            "copy_gb_per_s": size / self._copy(size, 1)["ms"] / 1e6,
             "products_tflop_per_s": 2 * n**3 / product["ms"] / 1e9,
         }
 
@@ -248,8 +266,10 @@ class Benchmark:
             rows += products.values()
             reference = Standard(case, self._device)
         except Exception as fault:  # here and below: one that fails must not take the others' rows along
-            return [*rows, row_of(case, "reference", "both", status=failure(fault))]
+            return [*rows, row_of(case, "reference", "both", status=self._failure(case, "reference", fault))]
         for name in self._backends:
+            if self.fault:
+                break
             if name == "compile" and not self._compiles(case):
                 continue
             try:
@@ -276,11 +296,26 @@ class Benchmark:
                 figures = measure(self._timer, prepare, body, calls[direction])
                 peak = self._timer.peak_bytes(lambda prepare=prepare, body=body: body(prepare(1)))
                 same = (case.traffic(direction), calls[direction])
-                roof_ms = products[direction]["ms"] if products else self._copy_ms(*same)
-                rows.append(row_of(case, name, direction, figures, roof_ms, peak, error=error))
+                roof = products[direction] if products else self._copy(*same)
+                rows.append(row_of(case, name, direction, figures, roof, peak, error=error))
         except Exception as fault:
-            rows += [row_of(case, name, d, status=failure(fault)) for d in case.directions[len(rows) :]]
+            status = self._failure(case, name, fault)
+            rows += [row_of(case, name, d, status=status) for d in case.directions[len(rows) :]]
         return rows
+
+    def _failure(self, case: Case, name: str, error: Exception) -> str:
+        """The status of rows that could not be measured; notes whether any others can be."""
+        status = failure(error)
+        if is_device_fault(error) or not self._device_answers():
+            self.fault = f"{name} of {case.op} at {', '.join(f'{k} {v}' for k, v in case.sizes().items())}: {status}"
+        return status
+
+    def _device_answers(self) -> bool:
+        try:
+            self._timer.synchronize()
+        except Exception:
+            return False
+        return True
 
     def _calls(self, case: Case, direction: str) -> int:
         """Calls of one sample: until enough is moved. The linear loss is bound by its products."""
@@ -288,8 +323,8 @@ class Benchmark:
             return 1
         return math.ceil(self._timer.minimum_bytes / case.traffic(direction))
 
-    def _copy_ms(self, size: int, calls: int) -> float:
-        """ms of a copy that moves `size` bytes, read and written, measured as the ops are."""
+    def _copy(self, size: int, calls: int) -> dict:
+        """Figures of a copy that moves `size` bytes, read and written, measured as the ops are."""
         if (size, calls) not in self._copies:
             pairs = [torch.ones(2, size // 2, dtype=torch.int8, device=self._device) for _ in range(calls)]
 
@@ -298,7 +333,7 @@ class Benchmark:
                     source, target = pairs[i % calls]
                     target.copy_(source)
 
-            self._copies[size, calls] = measure(self._timer, range, body, calls)["ms"]
+            self._copies[size, calls] = measure(self._timer, range, body, calls)
         return self._copies[size, calls]
 
     def _products(self, case: LinearCrossEntropy) -> dict[str, dict]:
@@ -307,15 +342,16 @@ class Benchmark:
         for direction in case.directions:
             run = case.products(direction, self._device)
             figures = measure(self._timer, range, lambda calls, run=run: [run() for _ in calls], 1)
-            rows[direction] = row_of(case, "products", direction, figures, figures["ms"], None)
+            rows[direction] = row_of(case, "products", direction, figures, figures)
         return rows
 
 
 def row_of(
-    case: Case, name: str, direction: str, figures: dict | None = None, roof_ms: float = 0.0, peak: int | None = None,
-    status: str = "ok", **more,
+    case: Case, name: str, direction: str, figures: dict | None = None, roof: dict | None = None,
+    peak: int | None = None, status: str = "ok", **more,
 ) -> dict:  # fmt: skip
-    """A row of the results. MB and GB are 10^6 and 10^9 bytes; sizes, bytes and FLOP are those of one call."""
+    """A row of the results, from the figures of `measure` and those of its roof. MB and GB are 10^6 and 10^9 bytes;
+    sizes, bytes and FLOP are those of one call."""
     size, flop = case.traffic(direction), case.flops(direction)
     row = {"op": case.op, "shape": case.sizes(), "direction": direction, "implementation": name, "status": status}
     row |= {"bytes": size, "flop": flop, **more}
@@ -325,13 +361,32 @@ def row_of(
         "gb_per_s": size / figures["ms"] / 1e6,
         "tflop_per_s": flop / figures["ms"] / 1e9,
         "roof": "products" if isinstance(case, LinearCrossEntropy) else "copy",
-        "percent_of_roof": 100 * roof_ms / figures["ms"],
+        "roof_ms": roof["ms"],
+        "roof_ms_spread": roof["ms_spread"],
+        "percent_of_roof": 100 * roof["ms"] / figures["ms"],
         "peak_mb": None if peak is None else peak / 1e6,
     }  # fmt: skip
 
 
+def is_device_fault(error: Exception) -> bool:
+    """Whether it is one of the device, such as an access to memory that is not ours: every later call fails too."""
+    if is_out_of_memory(error):
+        return False
+    texts = ("CUDA error", "illegal memory access")
+    return isinstance(error, getattr(torch, "AcceleratorError", ())) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    # Other libraries than torch's allocator fail with an error of their own.
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "out of memory" in str(error)
+    )
+
+
 def failure(error: Exception) -> str:
     """The status of a row that could not be measured."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         return "out of memory"
     return f"failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
