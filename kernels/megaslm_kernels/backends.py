@@ -98,12 +98,9 @@ def triton_obstacle(device: torch.device) -> str | None:
         return "they were never tried on ROCm"
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        # Before sm_80 there is no bf16, and Triton's support ends.
-        return (
-            _triton.fault()
-            if capability >= (8, 0)
-            else f"compute capability {'.'.join(map(str, capability))} is below 8.0"
-        )
+        if capability < (8, 0):  # no bf16, and the end of Triton's support
+            return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+        return _triton.fault()
     if device.type == "cpu" and _triton.INTERPRETED:
         return None
     return f"the device is {device.type}, they need CUDA"

@@ -28,10 +28,12 @@ def processes(request):
 def _run(command: tuple[str, ...]) -> subprocess.CompletedProcess:
     name, is_setting, value = command[0].partition("=")
     setting = {name: value} if is_setting else {}
+    # As pytest finds them in pyproject.toml, installed or not.
+    paths = os.pathsep.join(map(str, filter(None, (ROOT, ROOT / "kernels", os.environ.get("PYTHONPATH")))))
     # One thread each: there are two of them, and the tensors are small.
     return subprocess.run(
         [sys.executable, *command[bool(is_setting) :]],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | setting,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths} | setting,
         cwd=ROOT,
         capture_output=True,
         text=True,

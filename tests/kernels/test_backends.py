@@ -1,6 +1,5 @@
 """The choice of a backend: once, said, and never another one in silence."""
 
-import subprocess
 import sys
 
 import pytest
@@ -38,8 +37,7 @@ def test_where_triton_can_not_reach_the_gpu_auto_is_the_reference(monkeypatch):
         select_backend("triton", CUDA)
 
 
-def test_without_triton_the_package_imports_and_serves_the_reference():
-    code = """
+WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
@@ -51,6 +49,10 @@ try:
 except BackendUnavailable as error:
     print(error)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", [("-c", WITHOUT_TRITON)], ids=["blocked"])
+def test_without_triton_the_package_imports_and_serves_the_reference(processes, command):
+    run = processes(command)
     assert run.returncode == 0, run.stderr
     assert "[[1.0, 1.0, 1.0, 1.0]]" in run.stdout and "triton is not installed" in run.stdout
