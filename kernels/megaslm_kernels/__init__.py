@@ -6,7 +6,7 @@ and rounds once at each store. `select_backend` gives the ops of one backend as 
 
 from megaslm_kernels.attention import causal_attention
 from megaslm_kernels.backends import REFERENCE, TRITON, BackendUnavailable, Ops, select_backend, triton_obstacle
-from megaslm_kernels.linear_cross_entropy import IGNORE_INDEX
+from megaslm_kernels.cross_entropy import IGNORE_INDEX
 
 __all__ = [
     "BackendUnavailable",

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from megaslm_kernels._triton import tl, triton
-from megaslm_kernels.launch import architecture, check_weight, launch, row_layout, sum_rows
+from megaslm_kernels.launch import architecture, check_weight, launch, row_layout
 from megaslm_kernels.registration import register, upcast
 from megaslm_kernels.rms_norm import (
-    backward_config,
     backward_formula,
+    backward_with,
     forward_config,
     forward_formula,
     rms_norm_reference,
@@ -57,22 +57,6 @@ def _forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[T
     return total, y, rstd
 
 
-def _backward(dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """dtotal: None where the sum is used by nothing but this norm."""
-    dy_rows, count, dy_stride = row_layout(dy)
-    dtotal_rows, _, dtotal_stride = row_layout(dy if dtotal is None else dtotal)
-    n = dy.size(-1)
-    config = backward_config(count, n, total.dtype, architecture(total.device))
-    dx = torch.empty_like(total)
-    partials = torch.empty(config.programs, n, dtype=torch.float32, device=total.device)
-    launch(
-        _backward_kernel, config.programs, dy_rows, dtotal_rows, total, weight, rstd, dx, partials, count,
-        DY_STRIDE=dy_stride, DTOTAL_STRIDE=dtotal_stride, HAS_DTOTAL=dtotal is not None,
-        N=n, BLOCK=config.block, num_warps=config.num_warps,
-    )  # fmt: skip
-    return dx, sum_rows(partials, weight.dtype)
-
-
 @triton.jit
 def _forward_kernel(
     x, residual, weight, total, y, rstd,
@@ -90,34 +74,6 @@ def _forward_kernel(
     r = tl.rsqrt(tl.sum(s * s) * (1.0 / N) + EPS)
     tl.store(rstd + row, r)
     tl.store(y + row * N + columns, (s * r * w).to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["count"])
-def _backward_kernel(
-    dy, dtotal, total, weight, rstd, dx, partials, count,
-    DY_STRIDE: tl.constexpr, DTOTAL_STRIDE: tl.constexpr, HAS_DTOTAL: tl.constexpr, N: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < N
-    w = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    dw = tl.zeros((BLOCK,), dtype=tl.float32)
-    for row in range(program, count, tl.num_programs(0)):
-        s = tl.load(total + row * N + columns, mask=mask, other=0.0).to(tl.float32)
-        dy_row = tl.load(dy + row * DY_STRIDE + columns, mask=mask, other=0.0).to(tl.float32)
-        if HAS_DTOTAL:
-            dtotal_row = tl.load(dtotal + row * DTOTAL_STRIDE + columns, mask=mask, other=0.0).to(tl.float32)
-        r = tl.load(rstd + row)
-        normalised = s * r
-        dw += dy_row * normalised
-        scaled = dy_row * w
-        mean = tl.sum(scaled * normalised) * (1.0 / N)
-        dx_row = (scaled - normalised * mean) * r
-        if HAS_DTOTAL:
-            dx_row += dtotal_row
-        tl.store(dx + row * N + columns, dx_row.to(dx.dtype.element_ty), mask=mask)
-    tl.store(partials + program * N + columns, dw, mask=mask)
 
 
 def _forward_formula(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,10 +98,11 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, backward, dtotal, dy, _):
     if dy is None:
         return dtotal, dtotal, None, None
+    # dtotal is None where the sum is used by nothing but this norm.
     dx, dw = backward(dy, dtotal, *ctx.saved_tensors)
     return dx, dx, dw, None
 
 
 _add_rms_norm = register(
-    "add_rms_norm", _forward, _backward, _forward_formula, _backward_formula, _save, _gradients
+    "add_rms_norm", _forward, backward_with, _forward_formula, _backward_formula, _save, _gradients
 )  # fmt: skip

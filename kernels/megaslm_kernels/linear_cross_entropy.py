@@ -21,8 +21,6 @@ from torch import Tensor
 from megaslm_kernels.cross_entropy import IGNORE_INDEX, loss_and_gradient_
 from megaslm_kernels.registration import register, upcast
 
-__all__ = ["IGNORE_INDEX", "linear_cross_entropy", "linear_cross_entropy_reference"]
-
 CHUNK_BYTES = 512 * 2**20
 """Budget for the logits of one chunk."""
 
@@ -196,7 +194,9 @@ def _gradients(ctx, backward, dobjective, *_):
     if dobjective is None:
         return (None,) * 8
     # Of one dimension, since a scalar would first be rounded to the gradients' type.
-    dobjective = dobjective.reshape(1) / ctx.scale
+    dobjective = dobjective.reshape(1)
+    if ctx.scale != 1.0:
+        dobjective = dobjective / ctx.scale
     scaled = [
         torch.mul(gradient, dobjective, out=torch.empty_like(gradient, dtype=ctx.dtype)) if wanted else None
         for gradient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)

@@ -67,14 +67,23 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return backward_with(dy, None, x, weight, rstd)
+
+
+def backward_with(
+    dy: Tensor, other_dx: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and the weight; other_dx: what else x's gradient holds, added in fp32."""
     (rows, count, stride), (dy_rows, _, dy_stride) = row_layout(x), row_layout(dy)
+    other_rows, _, other_stride = (dy_rows, count, dy_stride) if other_dx is None else row_layout(other_dx)
     n = x.size(-1)
     config = backward_config(count, n, x.dtype, architecture(x.device))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     partials = torch.empty(config.programs, n, dtype=torch.float32, device=x.device)
     launch(
-        _backward_kernel, config.programs, dy_rows, rows, weight, rstd, dx, partials, count,
-        DY_STRIDE=dy_stride, X_STRIDE=stride, N=n, BLOCK=config.block, num_warps=config.num_warps,
+        _backward_kernel, config.programs, dy_rows, other_rows, rows, weight, rstd, dx, partials, count,
+        DY_STRIDE=dy_stride, OTHER_STRIDE=other_stride, HAS_OTHER=other_dx is not None, X_STRIDE=stride,
+        N=n, BLOCK=config.block, num_warps=config.num_warps,
     )  # fmt: skip
     return dx, sum_rows(partials, weight.dtype)
 
@@ -96,8 +105,9 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def _backward_kernel(
-    dy, x, weight, rstd, dx, partials, count,
-    DY_STRIDE: tl.constexpr, X_STRIDE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
+    dy, other_dx, x, weight, rstd, dx, partials, count,
+    DY_STRIDE: tl.constexpr, OTHER_STRIDE: tl.constexpr, HAS_OTHER: tl.constexpr, X_STRIDE: tl.constexpr,
+    N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -107,12 +117,16 @@ def _backward_kernel(
     for row in range(program, count, tl.num_programs(0)):
         x_row = tl.load(x + row * X_STRIDE + columns, mask=mask, other=0.0).to(tl.float32)
         dy_row = tl.load(dy + row * DY_STRIDE + columns, mask=mask, other=0.0).to(tl.float32)
+        if HAS_OTHER:
+            other_row = tl.load(other_dx + row * OTHER_STRIDE + columns, mask=mask, other=0.0).to(tl.float32)
         r = tl.load(rstd + row)
         normalised = x_row * r
         dw += dy_row * normalised
         scaled = dy_row * w
         mean = tl.sum(scaled * normalised) * (1.0 / N)
         dx_row = (scaled - normalised * mean) * r
+        if HAS_OTHER:
+            dx_row += other_row
         tl.store(dx + row * N + columns, dx_row.to(dx.dtype.element_ty), mask=mask)
     tl.store(partials + program * N + columns, dw, mask=mask)
 
