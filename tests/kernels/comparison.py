@@ -12,6 +12,31 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale
     return (torch.randn(shape, generator=generator) * scale).to(dtype)
 
 
+HEADS = [
+    (1, 1, 1, 1, 16, 16),
+    (2, 5, 12, 4, 64, 64),
+    (1, 3, 5, 3, 80, 80),
+    (2, 3, 4, 2, 96, 24),
+    (2, 2, 3, 2, 12, 12),
+    (1, 3, 6, 2, 20, 10),
+    (1, 2, 3, 2, 256, 256),
+    (1, 2, 28, 8, 64, 64),  # more tiles than one
+]
+"""Batch, sequence, query and key heads, channels of a head and how many of them are rotated."""
+
+
+def packed_heads(b: int, s: int, h: int, k: int, d: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Queries and keys as views of one projection."""
+    q, k, _ = random(b, s, (h + 2 * k) * d, dtype=dtype).unflatten(-1, (-1, d)).split((h, k, k), dim=2)
+    return q, k
+
+
+def angle_tables(positions: int, rotated: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of random angles."""
+    angles = random(positions, rotated // 2, scale=3.0)
+    return angles.cos(), angles.sin()
+
+
 def assert_as_good_as_torch(
     op: Callable, reference: Callable, inputs: list, *, differentiable: list[int] | None = None, atol: float = 1e-6
 ) -> None:

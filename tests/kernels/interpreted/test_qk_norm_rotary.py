@@ -2,31 +2,18 @@ import sys
 
 import pytest
 import torch
-from comparison import assert_as_good_as_torch, random
+from comparison import HEADS, angle_tables, assert_as_good_as_torch, packed_heads, random
 from megaslm_kernels.launch import HOPPER, Architecture
 from megaslm_kernels.qk_norm_rotary import backward_config, forward_config, qk_norm_rotary, qk_norm_rotary_reference
 
-# B, S, H, K, D, R
-SHAPES = [
-    (1, 1, 1, 1, 16, 16),
-    (2, 5, 12, 4, 64, 64),
-    (1, 3, 5, 3, 80, 80),
-    (2, 3, 4, 2, 96, 24),
-    (2, 2, 3, 2, 12, 12),
-    (1, 3, 6, 2, 20, 10),
-    (1, 2, 3, 2, 256, 256),
-    (1, 3, 14, 6, 64, 64),
-    (1, 2, 28, 8, 64, 64),  # more tiles than one, in both directions
-]
+SHAPES = [*HEADS, (1, 3, 14, 6, 64, 64)]
 DIFFERENTIABLE = [0, 1, 2, 3]
 
 
 def arguments(b, s, h, k, d, rotated, dtype=torch.float32, positions=None):
     """q and k as views of one projection, weights around one, and tables."""
-    q, k, _ = random(b, s, (h + 2 * k) * d, dtype=dtype).unflatten(-1, (-1, d)).split((h, k, k), dim=2)
     weights = [(1 + random(d, seed=seed, scale=0.5)).to(dtype) for seed in (1, 2)]
-    angles = random(s + 2, rotated // 2, scale=3.0)
-    return [q, k, *weights, angles.cos(), angles.sin(), 1e-5, positions]
+    return [*packed_heads(b, s, h, k, d, dtype), *weights, *angle_tables(s + 2, rotated), 1e-5, positions]
 
 
 def assert_right(inputs):
