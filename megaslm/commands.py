@@ -40,6 +40,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     prints it.
     """
     mute_native_exit()
+    if hasattr(sys.stdout, "reconfigure"):  # not where a test has put something in its place
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file need not be UTF-8
     try:
         code = main() or 0
         sys.stdout.flush()

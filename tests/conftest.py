@@ -32,6 +32,18 @@ OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_S
 MEASURED = ("tokens_per_s", "ms_per_step", "tflops", "tflops_causal", "memory_bytes", "seconds")
 
 
+# Of the folders, those with the longest tests: side by side, the longest must not come last.
+LONGEST_FIRST = ("training", "launch", "checkpoint", "kernels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        folder = item.path.relative_to(ROOT / "tests").parts[0]
+        return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=place)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Token files (PREFIX) and the folder of the character tokenizer they were made with."""

@@ -10,4 +10,6 @@ export PATH="$root/.venv/bin:$PATH"
 
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+[ $# -eq 0 ] || exec python -m pytest "$@"
+python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not alone"
+exec python -m pytest -m alone

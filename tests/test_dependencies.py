@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("megaslm", "kernels", "tools", "launch", "tests")
 # Packages, and files that stand beside the command or test that imports them.
 OURS = {"megaslm", "megaslm_kernels", *(path.stem for path in ROOT.glob("tools/*.py"))}
-OURS |= {path.stem for path in ROOT.glob("tests/kernels/*.py")}
+OURS |= {path.stem for folder in ("data", "kernels") for path in ROOT.glob(f"tests/{folder}/*.py")}
 # Not installed by any extra: probed where they are used, and named in the error when they are missing.
 PROBED = {"apex", "flash-attn"}
 UNPINNED = {"triton"}  # constraints.txt says why

@@ -27,6 +27,7 @@ BOUNDS = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("command", [(str(Path(__file__).with_name("host_cost.py")),)], ids=["eager"])
 def test_host_microseconds_per_call(processes, command):
     run = processes(command)
