@@ -2,32 +2,23 @@
 
 import contextlib
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
+from megaslm.data.encoder import Encoder, choose_encoder, make_encoder
 from megaslm.data.sources import Document, SourceFile
-from megaslm.data.token_file import TOKENIZER_SUFFIX, TokenFile, TokenFileWriter, file_paths, read_manifest
+from megaslm.data.token_file import TOKENIZER_SUFFIX, TokenFile, file_paths, read_manifest
+from megaslm.data.token_writer import TokenFileWriter, commit, disk_errors
 from megaslm.data.tokenizer import Tokenizer, load_tokenizer
+from megaslm.data.work import BuildProgress
 from megaslm.errors import UserError
 
 # Encoding takes about 120 bytes per token while it lasts: some 100 MB for a batch, and enough work for every core.
 BATCH_CHARACTERS = 1 << 21
 BATCH_DOCUMENTS = 1 << 13
-
-
-@dataclass
-class BuildProgress:
-    """What has been written so far; `text_bytes` is UTF-8, without end-of-document tokens."""
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    mapped_characters: int = 0
+SAMPLE_TEXTS = 16
+SAMPLE_CHARACTERS = 1 << 14
 
 
 def build_token_file(
@@ -39,83 +30,131 @@ def build_token_file(
     options: dict | None = None,
     progress: Callable[[BuildProgress], None] | None = None,
     tokenizer_dir: str | os.PathLike | None = None,
+    overwrite: bool = False,
+    report: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """Encode `documents` in order into PREFIX.bin, PREFIX.idx and PREFIX.json; return the manifest.
 
     Each document is one sequence, with the tokenizer's end-of-document token behind it if it has one and `append_eod`
     is set. `sources` and `options` are recorded in the manifest; `progress` is called after every batch (about 2M
-    characters). Memory is bounded by the batch and the longest document.
+    characters), `report` with a line if huggingface encodes because gigatoken does not cover the tokenizer. Memory is
+    bounded by the batch and the longest document.
+
+    For inputs of any size there is `preprocess`, which is parallel and goes on where it was stopped.
 
     The tokenizer is copied to PREFIX.tokenizer/, unless `tokenizer_dir`, a folder below PREFIX's own, holds it already.
     The manifest has the folder's path from there, so that `find_tokenizer` finds it where all are moved together.
 
-    UserError if there are no documents, the disk is full, a character is refused, or PREFIX.tokenizer/ is another
-    tokenizer that did not come with PREFIX; an older PREFIX is then left as it was.
+    UserError if PREFIX exists and `overwrite` is not set, there are no documents, the disk is full, a character is
+    refused, or PREFIX.tokenizer/ is another tokenizer that did not come with PREFIX; an older PREFIX is then left as it
+    was.
     """
     eod_id = tokenizer.eod_id if append_eod else None
     done = BuildProgress()
+    encoder: Encoder | None = None
     folder = Path(tokenizer_dir or f"{os.fspath(prefix)}{TOKENIZER_SUFFIX}")
     recorded = folder.relative_to(Path(prefix).parent).as_posix()
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(
-            TokenFileWriter(prefix, tokenizer.vocab_size, tokenizer.fingerprint, tokenizer_folder=recorded)
+            TokenFileWriter(
+                prefix, tokenizer.vocab_size, tokenizer.fingerprint, tokenizer_folder=recorded, overwrite=overwrite
+            )
         )
-        put_in_place = None if tokenizer_dir else stack.enter_context(_copy_tokenizer(tokenizer, folder, prefix))
+        put_tokenizer = None if tokenizer_dir else stack.enter_context(copy_tokenizer(tokenizer, folder, prefix))
         for batch in _batches(documents):
             texts = [document.text for document in batch]
-            encoded = tokenizer.encode_batch(texts, batch)
-            if eod_id is not None:
-                encoded = [np.append(ids, np.int32(eod_id)) for ids in encoded]
-            writer.extend(encoded)
+            encoder = encoder or _encoder_for(tokenizer, batch, report)
+            encoded = encoder.encode(texts, batch)
+            writer.extend_flat(*encoded.with_end(eod_id, writer.dtype))
             done.documents, done.tokens = writer.num_documents, writer.num_tokens
             done.text_bytes += sum(len(text.encode()) for text in texts)
-            done.mapped_characters += sum(map(tokenizer.count_unknown, texts))
+            done.mapped_characters += 0 if encoded.mapped is None else int(encoded.mapped.sum())
             if progress:
                 progress(done)
         if not writer.num_tokens:
             raise UserError(f"there are no documents to write to {writer.prefix}: the input holds no text")
-        manifest = writer.finish(
+        file = writer.prepare(
             text_bytes=done.text_bytes,
             mapped_characters=done.mapped_characters,
             sources=[{"name": file.name, "bytes": file.size} for file in sources],
             options={"eod_id": eod_id, **(options or {})},
+            encoder={"name": encoder.name},
         )
-        if put_in_place:
-            put_in_place()
-    return manifest
+        if put_tokenizer:
+            put_tokenizer()
+        commit([file])
+    return file.manifest
+
+
+def _encoder_for(tokenizer: Tokenizer, first: Sequence[Document], report: Callable[[str], None]) -> Encoder:
+    """The fastest that covers the tokenizer; for no more than one batch it is not worth its import and its proof."""
+    if tokenizer.is_character:
+        return make_encoder("characters", tokenizer)
+    if not _is_full(len(first), sum(len(document.text) for document in first)):
+        return make_encoder("huggingface", tokenizer)
+    sample = [(document.text[:SAMPLE_CHARACTERS], document) for document in first[:: len(first) // SAMPLE_TEXTS + 1]]
+    chosen = choose_encoder(tokenizer, "auto", sample, differences="fall_back")
+    if chosen.reason:
+        report(f"encoder: {chosen}")
+    return chosen.encoder
 
 
 @contextlib.contextmanager
-def _copy_tokenizer(tokenizer: Tokenizer, folder: Path, prefix: str | os.PathLike) -> Iterator[Callable[[], None]]:
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path, prefix: str | os.PathLike) -> Iterator[Callable[[], None]]:
     """Save the tokenizer under a hidden name beside `folder` and give the function that puts it there.
 
-    Without that call nothing is left behind. UserError if `folder` has something else that did not come with PREFIX.
+    That is to be called just before the token file gets its name. If the `with` block ends in an error after it, what
+    stood at `folder` is there again; without the call nothing is left behind. The caller holds the lock of the output.
+    UserError if `folder` has something else that did not come with PREFIX.
     """
+    new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
+    with disk_errors(folder):
+        if old.exists() and not folder.exists():  # a build was killed between the two renames below
+            old.rename(folder)
+    _remove_folders(new, old)
     if _holds(folder, tokenizer):
         yield lambda: None
         return
-    manifest = read_manifest(file_paths(prefix)[2])
-    if folder.exists() and (manifest is None or manifest["tokenizer"].get("folder") != folder.name):
-        raise UserError(
-            f"{folder} exists and is not the tokenizer {tokenizer.name}, whose copy goes there: it would be "
-            "overwritten; move it away, or choose another output PREFIX"
-        )
-    new, old = (folder.with_name(f".{folder.name}.{state}-{secrets.token_hex(4)}") for state in ("new", "old"))
+    check_tokenizer_folder(tokenizer, folder, prefix)
+    placed = False
 
     def put_in_place() -> None:
-        try:
+        nonlocal placed
+        with disk_errors(folder):
             if folder.exists():
                 folder.rename(old)
             new.rename(folder)
-        except OSError as error:
-            raise UserError(f"cannot put the copy of the tokenizer at {folder}: {error.strerror or error}") from error
+        placed = True
 
     try:
         tokenizer.save(new)
         yield put_in_place
-    finally:
-        for path in (new, old):
-            shutil.rmtree(path, ignore_errors=True)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            if placed:
+                folder.rename(new)
+            if old.exists():
+                old.rename(folder)
+        _remove_folders(new)
+        raise
+    _remove_folders(new, old)
+
+
+def check_tokenizer_folder(tokenizer: Tokenizer, folder: Path, prefix: str | os.PathLike) -> None:
+    """UserError if `folder`, where a copy of the tokenizer goes, has something else that did not come with PREFIX."""
+    if not folder.exists() or _holds(folder, tokenizer):
+        return
+    manifest = read_manifest(file_paths(prefix)[2])
+    if manifest is None or manifest["tokenizer"].get("folder") != folder.name:
+        raise UserError(
+            f"{folder} exists and is not the tokenizer {tokenizer.name}, whose copy goes there: it would be "
+            "overwritten; move it away, or choose another output PREFIX"
+        )
+
+
+def _remove_folders(*folders: Path) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _holds(folder: Path, tokenizer: Tokenizer) -> bool:
@@ -154,8 +193,12 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     for document in documents:
         batch.append(document)
         characters += len(document.text)
-        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
+        if _is_full(len(batch), characters):
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _is_full(documents: int, characters: int) -> bool:
+    return characters >= BATCH_CHARACTERS or documents >= BATCH_DOCUMENTS

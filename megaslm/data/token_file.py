@@ -20,16 +20,14 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import struct
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megaslm.errors import UserError
-from megaslm.files import sync_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -42,7 +40,24 @@ UINT16_VOCAB_LIMIT = 65_500  # Megatron's limit: vocabularies from here on are s
 MANIFEST_FORMAT = "megaslm token file"
 MANIFEST_VERSION = 1
 TOKENIZER_SUFFIX = ".tokenizer"  # the folder PREFIX.tokenizer is a copy of the tokenizer, see builder.py
-MANIFEST_KEYS = ("dtype", "documents", "tokens", "largest_id", "tokenizer", "bin_bytes", "idx_bytes", "fingerprint")
+MANIFEST_FORM = {  # what readers rely on; a key with ? need not be there, and further ones may be
+    "dtype": str,
+    "documents": int,
+    "tokens": int,
+    "largest_id": int,
+    "tokenizer": {"fingerprint": str | None, "vocab_size": int | None, "folder?": str | None},
+    "bin_bytes": int,
+    "idx_bytes": int,
+    "bin_sha256?": str,
+    "idx_sha256?": str,
+    "fingerprint": str,
+    "packing?": {"length": int, "bins": int, "padding": int, "eod_id": int},
+    "options?": {"eod_id?": int | None},
+    "sources?": [{"name": str, "bytes": int | None}],
+    "merged?": [{"name": str}],
+    "text_bytes?": int,
+    "mapped_characters?": int,
+}
 
 CHUNK_ENTRIES = 1 << 20  # index entries handled at a time: 8 MiB of offsets
 CHUNK_BYTES = 1 << 22
@@ -78,190 +93,6 @@ def content_fingerprint(bin_path: Path, idx_path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _disk_errors(prefix: str) -> Iterator[None]:
-    """A full disk or a forbidden folder is the user's to mend."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write token files {prefix}.*: {error.strerror or error}") from error
-
-
-class TokenFileWriter:
-    """Writes PREFIX.bin, PREFIX.idx and PREFIX.json, one sequence per document.
-
-    Tokens stream to hidden temporary files; memory grows by 4 bytes per document and not with the tokens. `finish`
-    fsyncs, then renames .bin, .idx and, last, .json into place. Leaving the `with` block without it removes the
-    temporary files and leaves an older finished PREFIX as it was.
-
-        with TokenFileWriter("data/train", vocab_size=32000, tokenizer_fingerprint=tokenizer.fingerprint) as writer:
-            writer.extend(list_of_arrays)
-            manifest = writer.finish(text_bytes=12345)
-    """
-
-    def __init__(
-        self,
-        prefix: str | os.PathLike,
-        vocab_size: int,
-        tokenizer_fingerprint: str | None = None,
-        tokenizer_folder: str | None = None,
-    ):
-        """`tokenizer_fingerprint` and `tokenizer_folder` (relative to the folder of PREFIX) go into the manifest."""
-        self.prefix = os.fspath(prefix)
-        self.vocab_size = vocab_size
-        self.tokenizer_fingerprint = tokenizer_fingerprint
-        self.tokenizer_folder = tokenizer_folder
-        self.dtype = token_dtype(vocab_size)
-        self.num_tokens = 0
-        self.largest_id = -1
-        self._lengths = array("i")  # int32, as in the file
-        self._sha256 = hashlib.sha256()
-        self._targets = file_paths(self.prefix)
-        tag = secrets.token_hex(4)
-        self._temps = [path.with_name(f".{path.name}.tmp-{tag}") for path in self._targets]
-        _refuse_foreign_json(self._targets[2])
-        with _disk_errors(self.prefix):
-            self._targets[0].parent.mkdir(parents=True, exist_ok=True)
-            self._bin = open(self._temps[0], "wb", buffering=CHUNK_BYTES)
-
-    @property
-    def num_documents(self) -> int:
-        return len(self._lengths)
-
-    def append(self, document: np.ndarray | Sequence[int]) -> None:
-        """Append one document: a 1-D array of token ids."""
-        self.extend([document])
-
-    def extend(self, documents: Sequence[np.ndarray | Sequence[int]]) -> None:
-        """Append documents in order. Ids outside [0, vocab_size) and documents past 2^31 - 1 tokens raise UserError."""
-        if not documents:
-            return
-        arrays = [np.asarray(document) for document in documents]
-        arrays = [ids if ids.size else np.empty(0, np.int64) for ids in arrays]  # np.asarray([]) is float64
-        ids = np.concatenate(arrays)
-        assert ids.ndim == 1 and ids.dtype.kind in "iu", f"token ids must be 1-D integers, not {ids.dtype} {ids.shape}"
-        if ids.size:
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= self.vocab_size:
-                raise UserError(
-                    f"token id {low if low < 0 else high} among documents {self.num_documents} to "
-                    f"{self.num_documents + len(arrays) - 1} of {self.prefix} is outside the vocabulary of "
-                    f"{self.vocab_size} tokens"
-                )
-            self.largest_id = max(self.largest_id, high)
-        try:
-            self._lengths.extend(len(document) for document in arrays)
-        except OverflowError:
-            raise UserError(
-                f"a document of {max(map(len, arrays)):,} tokens does not fit the format of {self.prefix}.idx, which "
-                "counts a sequence's tokens in 31 bits; cut it into several documents"
-            ) from None
-        stored = np.ascontiguousarray(ids, dtype=self.dtype.newbyteorder("<")).view(np.uint8).data
-        with _disk_errors(self.prefix):
-            self._bin.write(stored)
-        self._sha256.update(stored)
-        self.num_tokens += ids.size
-
-    def finish(self, **facts) -> dict:
-        """Write the index and the manifest, put all three files in place and return the manifest.
-
-        `facts` are further JSON values for the manifest (text_bytes, sources, options ...).
-        """
-        bin_temp, idx_temp, json_temp = self._temps
-        with _disk_errors(self.prefix):
-            self._bin.flush()
-            os.fsync(self._bin.fileno())
-            self._bin.close()
-            idx_sha256 = self._write_index(idx_temp)
-            manifest = {
-                "format": MANIFEST_FORMAT,
-                "version": MANIFEST_VERSION,
-                "tokenizer": {
-                    "fingerprint": self.tokenizer_fingerprint,
-                    "vocab_size": self.vocab_size,
-                    "folder": self.tokenizer_folder,
-                },
-                "dtype": self.dtype.name,
-                "documents": self.num_documents,
-                "tokens": self.num_tokens,
-                "largest_id": self.largest_id,
-                "bin_bytes": bin_temp.stat().st_size,
-                "idx_bytes": idx_temp.stat().st_size,
-                "bin_sha256": self._sha256.hexdigest(),
-                "idx_sha256": idx_sha256,
-                "fingerprint": content_fingerprint(bin_temp, idx_temp),
-                **facts,
-            }
-            with open(json_temp, "w", encoding="utf-8") as file:
-                json.dump(manifest, file, indent=2, ensure_ascii=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            for temp, target in zip(self._temps, self._targets, strict=True):
-                os.replace(temp, target)
-            sync_folder(self._targets[0].parent)
-        return manifest
-
-    def _write_index(self, path: Path) -> str:
-        """Write the .idx, chunk by chunk, and return its SHA-256."""
-        digest = hashlib.sha256()
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
-        count = len(lengths)
-
-        with open(path, "wb") as file:
-
-            def put(data) -> None:
-                file.write(data)
-                digest.update(data)
-
-            put(HEADER.pack(MAGIC, VERSION, DTYPE_CODES[self.dtype], count, count + 1))
-            put(lengths.astype("<i4", copy=False).tobytes())
-            offset = 0  # a Python int: no overflow, however long the file
-            for start in range(0, count, CHUNK_ENTRIES):
-                sizes = lengths[start : start + CHUNK_ENTRIES].astype(np.int64) * self.dtype.itemsize
-                ends = offset + np.cumsum(sizes)
-                put((ends - sizes).astype("<i8").tobytes())
-                offset = int(ends[-1])
-            for start in range(0, count + 1, CHUNK_ENTRIES):
-                put(np.arange(start, min(start + CHUNK_ENTRIES, count + 1), dtype="<i8").tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        return digest.hexdigest()
-
-    def __enter__(self) -> "TokenFileWriter":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._bin.close()
-        for temp in self._temps:
-            temp.unlink(missing_ok=True)  # nothing is left of them after finish
-
-
-def _refuse_foreign_json(path: Path) -> None:
-    """`--input corpus.json --output corpus` must not overwrite the input with the manifest."""
-    if path.exists():
-        try:
-            read_manifest(path)
-        except UserError:
-            raise UserError(
-                f"{path} exists and is not a manifest of ours: it would be overwritten; choose another output PREFIX"
-            ) from None
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
-
-
 def read_manifest(path: Path) -> dict | None:
     """The manifest at `path`, None if there is no such file; UserError if it is not one of ours or is incomplete."""
     try:
@@ -277,9 +108,40 @@ def read_manifest(path: Path) -> dict | None:
             f"{path} has manifest version {manifest.get('version')}, this megaslm reads {MANIFEST_VERSION}; "
             "build the token file again, or use the megaslm that wrote it"
         )
-    if missing := [key for key in MANIFEST_KEYS if key not in manifest]:
-        raise UserError(f"{path} lacks {', '.join(missing)}; build the token file again")
+    if fault := _fault(manifest, MANIFEST_FORM):
+        raise UserError(f"{path} {fault}; build the token file again")
     return manifest
+
+
+def _fault(value: Any, form: Any, name: str = "") -> str | None:
+    """What is wrong about a JSON value; None if it has the form: a type, {key: form} or [form]."""
+    kind = form if not isinstance(form, dict | list) else type(form)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        return f"says {name} {json.dumps(value)}, which is not of type {getattr(kind, '__name__', kind)}"
+    faults: Iterator[str | None] = iter(())
+    if isinstance(form, list):
+        faults = (_fault(item, form[0], f"{name}[{number}]") for number, item in enumerate(value))
+    elif isinstance(form, dict):
+        faults = (_key_fault(value, key, inner, f"{name}." if name else "") for key, inner in form.items())
+    return next(filter(None, faults), None)
+
+
+def _key_fault(value: dict, key: str, form: Any, path: str) -> str | None:
+    required, key = not key.endswith("?"), key.removesuffix("?")
+    if key in value:
+        return _fault(value[key], form, path + key)
+    return f"lacks {path}{key}" if required else None
+
+
+@contextlib.contextmanager
+def read_errors(path: str | os.PathLike) -> Iterator[None]:
+    """A file that may not be read, or a disk that fails, is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot read {error.filename or path}: {error.strerror or error}; mend that, or give another PREFIX"
+        ) from error
 
 
 class TokenFile:
@@ -296,20 +158,26 @@ class TokenFile:
         sequence_offsets: [num_sequences] int64, bytes into .bin.
         document_boundaries: [num_documents + 1] int64, sequence numbers.
         manifest: the content of PREFIX.json, or None.
+
+    The arrays of the index are not aligned in the file: a slice of them is a view, but fancy indexing and functions
+    such as np.searchsorted copy a misaligned array whole. `token_bounds` reads only what it needs.
     """
 
     def __init__(self, prefix: str | os.PathLike, tokenizer_fingerprint: str | None = None):
         self.prefix = os.fspath(prefix)
         self.bin_path, self.idx_path, self.manifest_path = file_paths(self.prefix)
-        for path in (self.bin_path, self.idx_path):
-            if not path.is_file():
-                raise UserError(
-                    f"token file {path} does not exist; give the PREFIX of a .bin and an .idx, as written by "
-                    "tools/preprocess_data.py"
-                )
         self._fingerprint: str | None = None
-        self._open_index()
-        self._open_tokens()
+        with read_errors(self.prefix):
+            for path in (self.bin_path, self.idx_path):
+                if not path.is_file():
+                    name, ending = os.path.splitext(self.prefix)
+                    hint = f"; PREFIX has no ending: try {name}" if ending in (".bin", ".idx", ".json") else ""
+                    raise UserError(
+                        f"token file {path} does not exist; give the PREFIX of a .bin and an .idx, as written by "
+                        f"tools/preprocess_data.py{hint}"
+                    )
+            self._open_index()
+            self._open_tokens()
         self.manifest = read_manifest(self.manifest_path)
         if self.manifest is not None:
             self._check_manifest(self.manifest, tokenizer_fingerprint)
@@ -319,7 +187,8 @@ class TokenFile:
         size = path.stat().st_size
         if size < HEADER.size:
             raise UserError(f"{path} has {size} bytes, less than its header of {HEADER.size}: it is cut short")
-        buffer = np.memmap(path, mode="r", dtype=np.uint8)
+        # Plain views, here and of the tokens: indexing an np.memmap itself is several times slower.
+        buffer = np.asarray(np.memmap(path, mode="r", dtype=np.uint8))
         magic, version, code, num_sequences, num_boundaries = HEADER.unpack(buffer[: HEADER.size].tobytes())
         if magic != MAGIC:
             raise UserError(f"{path} is not a token index: it starts with {magic!r} instead of {MAGIC!r}")
@@ -337,10 +206,16 @@ class TokenFile:
             )
         self.dtype = np.dtype(DTYPES[code]).newbyteorder("<")
         self.num_sequences, self.num_documents = num_sequences, num_boundaries - 1
-        at = HEADER.size
-        self.sequence_lengths = np.frombuffer(buffer, "<i4", num_sequences, at)
-        self.sequence_offsets = np.frombuffer(buffer, "<i8", num_sequences, at + 4 * num_sequences)
-        self.document_boundaries = np.frombuffer(buffer, "<i8", num_boundaries, at + 12 * num_sequences)
+        ends = [HEADER.size + size * num_sequences for size in (0, 4, 12)]
+        self._columns = {  # type, number of entries, and the byte where they start
+            "lengths": ("<i4", num_sequences, ends[0]),
+            "offsets": ("<i8", num_sequences, ends[1]),
+            "boundaries": ("<i8", num_boundaries, ends[2]),
+        }
+        self.sequence_lengths = np.frombuffer(buffer, *self._columns["lengths"])
+        self.sequence_offsets = np.frombuffer(buffer, *self._columns["offsets"])
+        self.document_boundaries = np.frombuffer(buffer, *self._columns["boundaries"])
+        self._offset_bytes = buffer[ends[1] : ends[2]].reshape(-1, 8)
         first, last = int(self.document_boundaries[0]), int(self.document_boundaries[-1])
         if first != 0 or last != num_sequences:
             raise UserError(
@@ -362,7 +237,9 @@ class TokenFile:
             )
         self.num_tokens = size // itemsize
         # An empty file cannot be mapped.
-        self.tokens = np.memmap(self.bin_path, mode="r", dtype=self.dtype) if size else np.empty(0, self.dtype)
+        self.tokens = np.empty(0, self.dtype)
+        if size:
+            self.tokens = np.asarray(np.memmap(self.bin_path, mode="r", dtype=self.dtype))
 
     def _check_manifest(self, manifest: dict, tokenizer_fingerprint: str | None) -> None:
         figures = {
@@ -378,6 +255,11 @@ class TokenFile:
                     f"{self.manifest_path} says {key} {manifest[key]}, but {self.prefix}.bin and .idx have {found}: "
                     "they are from different builds or damaged; build the token file again"
                 )
+        if (packing := manifest.get("packing")) and packing["bins"] * packing["length"] != self.num_tokens:
+            raise UserError(
+                f"{self.manifest_path} says {packing['bins']} bins of {packing['length']} tokens, but {self.bin_path} "
+                f"has {self.num_tokens} tokens; pack it again"
+            )
         stored = self.tokenizer_fingerprint
         if tokenizer_fingerprint is not None and stored is not None and stored != tokenizer_fingerprint:
             raise UserError(
@@ -407,10 +289,16 @@ class TokenFile:
         return self.manifest["largest_id"] if self.manifest else None
 
     @property
+    def packing(self) -> dict | None:
+        """{"length": tokens of a bin, "bins", "padding" ...} where documents are bins of equal length, else None."""
+        return self.manifest.get("packing") if self.manifest else None
+
+    @property
     def fingerprint(self) -> str:
         """`content_fingerprint` of the files as they are now; UserError if the manifest has another."""
         if self._fingerprint is None:
-            self._fingerprint = content_fingerprint(self.bin_path, self.idx_path)
+            with read_errors(self.prefix):
+                self._fingerprint = content_fingerprint(self.bin_path, self.idx_path)
             if self.manifest and self.manifest["fingerprint"] != self._fingerprint:
                 raise UserError(
                     f"the content of {self.prefix}.bin and .idx (fingerprint {self._fingerprint}) is not what "
@@ -424,6 +312,24 @@ class TokenFile:
             return self.num_tokens
         return int(self.sequence_offsets[sequence]) // self.dtype.itemsize
 
+    def token_bounds(self, sequences: np.ndarray) -> np.ndarray:
+        """[n] int64: `token_bound` of each of `sequences` [n]."""
+        sequences = np.asarray(sequences, np.int64)
+        bounds = np.full(len(sequences), self.num_tokens, np.int64)
+        inside = sequences < self.num_sequences
+        # Bytes are always aligned, so that this gathers 8 bytes for each number and leaves the rest of the file alone.
+        bounds[inside] = self._offset_bytes[sequences[inside]].view("<i8")[:, 0] // self.dtype.itemsize
+        return bounds
+
+    def read_index(self, column: str, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+        """Entries [start, stop) of the "lengths", "offsets" or "boundaries", up to CHUNK_ENTRIES at a time.
+
+        As `read_chunks` does: in order, in arrays that last until the next one, without mapping a page.
+        """
+        dtype, count, offset = self._columns[column]
+        stop = count if stop is None else min(stop, count)
+        return read_chunks(self.idx_path, np.dtype(dtype), start, stop, offset=offset, entries=CHUNK_ENTRIES)
+
     def sequence(self, index: int) -> np.ndarray:
         """Tokens of one sequence, a view."""
         start = self.token_bound(index)
@@ -435,50 +341,144 @@ class TokenFile:
         return self.tokens[self.token_bound(first) : self.token_bound(last)]
 
 
-def verify(prefix: str | os.PathLike) -> TokenFile:
+def verify(
+    prefix: str | os.PathLike,
+    vocab_size: int | None = None,
+    tokenizer_fingerprint: str | None = None,
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> TokenFile:
     """Read all of a token file and check every figure: offsets, lengths, boundaries, ids, and the manifest's hashes.
 
-    Returns the opened file; the first fault found is a UserError that names file and figure. Runs at disk speed.
+    Ids must lie in [0, vocab_size); the vocabulary is the manifest's where `vocab_size` is not given. The tokenizer
+    must be the one with `tokenizer_fingerprint`, where the manifest names one. `progress` is called with the number of
+    bytes of .bin that were just read.
+
+    Returns the opened file; the first fault found is a UserError that names file and figure. Runs at disk speed, in
+    memory that does not grow with the file.
     """
-    file = TokenFile(prefix)
-    end = 0
-    for start in range(0, file.num_sequences, CHUNK_ENTRIES):
-        lengths = file.sequence_lengths[start : start + CHUNK_ENTRIES].astype(np.int64)
-        offsets = file.sequence_offsets[start : start + CHUNK_ENTRIES]
+    file = TokenFile(prefix, tokenizer_fingerprint)
+    verify_index(file)
+    sha256 = _verify_tokens(file, file.vocab_size if vocab_size is None else vocab_size, progress)
+    if file.manifest is not None:
+        check_sha256(file, file.bin_path, "bin_sha256", sha256)
+        _ = file.fingerprint
+    return file
+
+
+def verify_index(file: TokenFile) -> None:
+    """The part of `verify` that does not read the tokens: offsets, lengths, boundaries, and the hash of .idx."""
+    _verify_sequences(file)
+    _verify_documents(file)
+    if file.manifest is not None:
+        sha256 = hashlib.sha256()
+        for chunk in read_chunks(file.idx_path, np.dtype(np.uint8)):
+            sha256.update(chunk)
+        check_sha256(file, file.idx_path, "idx_sha256", sha256.hexdigest())
+
+
+def check_sha256(file: TokenFile, path: Path, key: str, found: str) -> None:
+    """UserError if the manifest says another SHA-256 than was `found` of the file at `path`."""
+    if found != file.manifest.get(key):
+        raise UserError(
+            f"{path} has SHA-256 {found}, the manifest says {file.manifest.get(key)}: its content was altered; "
+            "build the token file again"
+        )
+
+
+def _verify_sequences(file: TokenFile) -> None:
+    """Each sequence starts where the one before it ends."""
+    first = end = 0
+    for lengths, offsets in zip(file.read_index("lengths"), file.read_index("offsets"), strict=True):
+        lengths = lengths.astype(np.int64)
         ends = end + np.cumsum(lengths) * file.dtype.itemsize
         starts = ends - lengths * file.dtype.itemsize
         wrong = np.flatnonzero((lengths < 0) | (offsets != starts))
         if wrong.size:
             i = wrong[0]
             raise UserError(
-                f"{file.idx_path}: sequence {start + i} has {lengths[i]} tokens from byte {offsets[i]}; it should "
+                f"{file.idx_path}: sequence {first + i} has {lengths[i]} tokens from byte {offsets[i]}; it should "
                 f"start at byte {starts[i]}, where the one before it ends"
             )
-        end = int(ends[-1])
-    for start in range(0, file.num_documents, CHUNK_ENTRIES):
-        bounds = file.document_boundaries[start : start + CHUNK_ENTRIES + 1]
+        first, end = first + len(lengths), int(ends[-1])
+
+
+def _verify_documents(file: TokenFile) -> None:
+    """Boundaries never fall, and every bin of a packed file is full."""
+    first = last = 0
+    for ends in file.read_index("boundaries", 1):
+        bounds = np.append(last, ends)
         wrong = np.flatnonzero(np.diff(bounds) < 0)
         if wrong.size:
             i = wrong[0]
             raise UserError(
-                f"{file.idx_path}: document {start + i} runs from sequence {bounds[i]} back to {bounds[i + 1]}"
+                f"{file.idx_path}: document {first + i} runs from sequence {bounds[i]} back to {bounds[i + 1]}"
             )
-    for start in range(0, file.num_tokens, CHUNK_BYTES):
-        chunk = file.tokens[start : start + CHUNK_BYTES]
-        if chunk.min() < 0:
-            at = int(chunk.argmin())
-            raise UserError(f"{file.bin_path}: token {start + at} is {chunk[at]}, below zero")
-        if file.largest_id is not None and chunk.max() > file.largest_id:
-            at = int(chunk.argmax())
-            raise UserError(
-                f"{file.bin_path}: token {start + at} is {chunk[at]}, over the manifest's largest id {file.largest_id}"
-            )
-    if file.manifest is not None:
-        for path, key in ((file.bin_path, "bin_sha256"), (file.idx_path, "idx_sha256")):
-            if (found := _sha256(path)) != file.manifest.get(key):
+        if file.packing:
+            tokens = np.diff(tokens_before(file, bounds))
+            wrong = np.flatnonzero(tokens != file.packing["length"])
+            if wrong.size:
+                i = wrong[0]
                 raise UserError(
-                    f"{path} has SHA-256 {found}, the manifest says {file.manifest.get(key)}: its content was altered; "
-                    "build the token file again"
+                    f"{file.idx_path}: bin {first + i} has {tokens[i]} tokens, but {file.manifest_path} says that the "
+                    f"file is packed into bins of {file.packing['length']}; pack it again"
                 )
-        _ = file.fingerprint
-    return file
+        first, last = first + len(ends), int(ends[-1])
+
+
+def tokens_before(file: TokenFile, sequences: np.ndarray) -> np.ndarray:
+    """As `token_bounds` of ascending `sequences` [n], by reading all that lies between them in order."""
+    tokens = np.full(len(sequences), file.num_tokens, np.int64)
+    at = int(sequences[0])
+    for offsets in file.read_index("offsets", at, int(sequences[-1]) + 1):
+        here = slice(*np.searchsorted(sequences, [at, at + len(offsets)]))
+        tokens[here] = offsets[sequences[here] - at] // file.dtype.itemsize
+        at += len(offsets)
+    return tokens
+
+
+def _verify_tokens(file: TokenFile, vocab_size: int | None, progress: Callable[[int], None]) -> str:
+    """Ids lie in the vocabulary, and the largest is the manifest's. Returns the SHA-256 of .bin."""
+    sha256, start, largest = hashlib.sha256(), 0, -1
+    for chunk in read_chunks(file.bin_path, file.dtype):
+        sha256.update(chunk)
+        low, high = int(chunk.min()), int(chunk.max())
+        if low < 0:
+            raise UserError(f"{file.bin_path}: token {start + int(chunk.argmin()):,} is {low}, below zero")
+        if vocab_size is not None and high >= vocab_size:
+            raise UserError(
+                f"{file.bin_path}: token {start + int(chunk.argmax()):,} is {high}, outside the vocabulary of "
+                f"{vocab_size:,} tokens: it was written with another tokenizer"
+            )
+        start, largest = start + chunk.size, max(largest, high)
+        progress(chunk.nbytes)
+    if file.largest_id not in (None, largest):
+        raise UserError(
+            f"{file.manifest_path} says largest_id {file.largest_id}, but that of {file.bin_path} is {largest}: the "
+            "one or the other was altered; build the token file again"
+        )
+    return sha256.hexdigest()
+
+
+def read_chunks(
+    path: Path,
+    dtype: np.dtype,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    offset: int = 0,
+    entries: int | None = None,
+) -> Iterator[np.ndarray]:
+    """Entries [start, stop) of those that begin at byte `offset` of the file, in order.
+
+    They come as arrays of `dtype` and up to `entries` of them (None: 4 MiB), which last until the next one. Read
+    instead of mapped: pages of a mapped file count as memory of the process. UserError where the disk fails.
+    """
+    buffer = np.empty(entries or CHUNK_BYTES // dtype.itemsize, dtype)
+    with read_errors(path), open(path, "rb") as file:
+        file.seek(offset + start * dtype.itemsize)
+        while stop is None or start < stop:
+            size = file.readinto(buffer[: None if stop is None else stop - start].view(np.uint8))
+            if not size:
+                break
+            start += size // dtype.itemsize
+            yield buffer[: size // dtype.itemsize]

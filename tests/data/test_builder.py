@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -100,11 +102,63 @@ def test_the_copy_follows_the_build(tmp_path):
     first, second = character_tokenizer(["ab"]), character_tokenizer(["abc"])
     build_token_file(documents(["ab"]), first, tmp_path / "x")
     with pytest.raises(UserError, match="no documents"):
-        build_token_file([], second, tmp_path / "x")
+        build_token_file([], second, tmp_path / "x", overwrite=True)
     assert load_tokenizer(find_tokenizer(tmp_path / "x")).same_files(first)
-    build_token_file(documents(["ab"]), second, tmp_path / "x")
+    build_token_file(documents(["ab"]), second, tmp_path / "x", overwrite=True)
     assert load_tokenizer(find_tokenizer(tmp_path / "x")).same_files(second)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.json", "x.tokenizer"]
+
+
+def test_an_older_output_is_kept(tmp_path):
+    build_token_file(documents(["ab"]), character_tokenizer(["ab"]), tmp_path / "x")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="x.bin exists and would be overwritten"):
+        build_token_file(documents(["abc"]), character_tokenizer(["abc"]), tmp_path / "x")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_names_that_cannot_be_given(tmp_path, monkeypatch, older):
+    """The token file's, or the tokenizer's: an older output is left whole with its tokenizer, or nothing is there."""
+    if older:
+        build_token_file(documents(["ab"]), character_tokenizer(["ab"]), tmp_path / "x")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def refuse(files):
+        raise UserError("no names today")
+
+    rename = Path.rename
+
+    def refuse_new(self, target):
+        if self.name == ".x.tokenizer.new":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self))
+        return rename(self, target)
+
+    for place, name, replacement, message in (
+        (builder, "commit", refuse, "no names today"),
+        (Path, "rename", refuse_new, "cannot write .*x.tokenizer: .*: Device or resource busy"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=message):
+            patch.setattr(place, name, replacement)
+            build_token_file(documents(["abc"]), character_tokenizer(["abc"]), tmp_path / "x", overwrite=True)
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert not older or find_tokenizer(tmp_path / "x")
+
+
+@pytest.mark.parametrize("stands", [True, False])
+def test_a_tokenizer_that_a_killed_build_had_moved_away(tmp_path, stands):
+    first, second = character_tokenizer(["ab"]), character_tokenizer(["abc"])
+    build_token_file(documents(["ab"]), first, tmp_path / "x")
+    (tmp_path / "x.tokenizer").rename(tmp_path / ".x.tokenizer.old")
+    second.save(tmp_path / ".x.tokenizer.new")
+    if stands:  # it was killed after the new one had been put there
+        (tmp_path / ".x.tokenizer.new").rename(tmp_path / "x.tokenizer")
+    with pytest.raises(UserError, match="no documents"):
+        build_token_file([], second, tmp_path / "x", overwrite=True)
+    assert load_tokenizer(tmp_path / "x.tokenizer").same_files(second if stands else first)
+    build_token_file(documents(["ab"]), second, tmp_path / "x", overwrite=True)
+    assert load_tokenizer(find_tokenizer(tmp_path / "x")).same_files(second)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_tokenizer_of_the_user_is_not_overwritten(bpe, tmp_path):
