@@ -102,7 +102,9 @@ def prepare_corpus(
     temp = folder.with_name(f".{folder.name}.building-{secrets.token_hex(4)}")
     report(f"building {folder} from {len(source.files):,} files, {source.num_bytes / 1e6:,.1f} MB")
     if source.num_other_files:
-        report(f"left out {source.num_other_files:,} files in folders for their ending")
+        report(f"left out {source.num_other_files:,} files in folders: of other endings, or read already")
+    if source.num_empty_files:
+        report(f"left out {source.num_empty_files:,} files without a byte")
     try:
         try:
             temp.mkdir(parents=True)
@@ -118,7 +120,7 @@ def _identity(source: TextSource, options: CorpusOptions, tokenizer: Tokenizer |
     """Hash of everything the corpus depends on."""
     content = {
         "version": CORPUS_VERSION,
-        "files": [(str(file.path.resolve()), file.name, file.size, file.mtime_ns) for file in source.files],
+        "files": [(file.location, file.name, file.size, file.mtime_ns) for file in source.files],
         "options": vars(options) | {"tokenizer_path": tokenizer.fingerprint if tokenizer else None},
         "eod_id": tokenizer.eod_id if tokenizer else None,
     }
@@ -170,19 +172,21 @@ def _build(source: TextSource, options: CorpusOptions, tokenizer: Tokenizer | No
             sources=source.files,
             options={**vars(options), "part": part},
             tokenizer_dir=corpus.tokenizer_dir,
+            report=report,
         )
         report(f"{part}: {describe(manifest, time.perf_counter() - start)}")
     if source.num_empty:
         report(f"skipped {source.num_empty:,} empty documents")
 
 
-def describe(manifest: dict, seconds: float) -> str:
-    """One line about a token file that took `seconds` to build; MB are 10^6 bytes of UTF-8 text."""
+def describe(manifest: dict, seconds: float | None = None) -> str:
+    """One line about a token file, and its speed if it took `seconds` to build; MB are 10^6 bytes of UTF-8 text."""
     text_bytes, tokens = manifest["text_bytes"], manifest["tokens"]
-    line = (
-        f"{manifest['documents']:,} documents, {tokens:,} tokens, {text_bytes / tokens:.2f} bytes/token, "
-        f"{text_bytes / 1e6 / max(seconds, 1e-9):.1f} MB/s"
-    )
+    line = f"{manifest['documents']:,} documents, {tokens:,} tokens, {text_bytes / tokens:.2f} bytes/token"
+    if seconds is not None:
+        line += f", {text_bytes / 1e6 / max(seconds, 1e-9):.1f} MB/s"
+    if packing := manifest.get("packing"):
+        line += f", {packing['bins']:,} bins of {packing['length']:,} tokens, {packing['padding'] / tokens:.2%} padding"
     if mapped := manifest["mapped_characters"]:
         line += f", {mapped:,} unknown characters mapped"
     return line

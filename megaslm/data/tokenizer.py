@@ -88,6 +88,19 @@ class Tokenizer:
         self.pad_id = self._special_id(config, "pad_token", None)
         self._characters = _CharacterTable(self._vocab, self._json) if self.kind in ("char", "ascii") else None
 
+    def __reduce__(self):
+        return Tokenizer, (self._files, self.name)  # to worker processes
+
+    @property
+    def json(self) -> dict:
+        """Content of tokenizer.json; not to be changed."""
+        return self._json
+
+    @property
+    def is_character(self) -> bool:
+        """Whether tokens are characters ("char", "ascii")."""
+        return self._characters is not None
+
     def _special_id(self, config: dict, key: str, default: str | None) -> int | None:
         token = config.get(key)
         if isinstance(token, dict):
@@ -158,7 +171,9 @@ class Tokenizer:
         "refuse": names the character, and the text by its entry in `wheres`.
         """
         if self._characters is not None:
-            return [self._encode_characters(text, wheres[i] if wheres else "the text") for i, text in enumerate(texts)]
+            return [
+                self.encode_characters(text, wheres[i] if wheres else "the text")[0] for i, text in enumerate(texts)
+            ]
         pieces = [self.cut(text) for text in texts]
         encoded = iter(self._encode_pieces([piece for cut in pieces for piece in cut]))
         return [np.concatenate([next(encoded) for _ in cut]) if len(cut) != 1 else next(encoded) for cut in pieces]
@@ -190,17 +205,30 @@ class Tokenizer:
         ours = ours and self._json.get("normalizer") is None
         return ours and not any("\n" in token["content"] for token in self._json.get("added_tokens", []))
 
-    def _encode_characters(self, text: str, where: object) -> np.ndarray:
+    def encode_characters(self, text: str, where: object = "the text") -> tuple[np.ndarray, int]:
+        """Of a character tokenizer: ids [len(text)] int32, and how many characters were mapped.
+
+        UserError for an unknown character under "refuse"; `where` names the text in it.
+        """
         ids, unknown = self._characters.encode(text)
         if unknown.size and self.unknown == "refuse":
-            at = int(unknown[0])
-            line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
-            raise UserError(
-                f"{where}: character {text[at]!r} (U+{ord(text[at]):04X}) at line {line}, column {column} of the text "
-                f"is not among the {self.vocab_size} symbols of the tokenizer {self.name}; remove it, or use a "
-                "tokenizer with unknown = map"
-            )
-        return ids
+            raise UserError(f"{where}: {self._refusal(text, int(unknown[0]))}")
+        return ids, int(unknown.size)
+
+    def refusal(self, text: str) -> str | None:
+        """Why a character tokenizer under "refuse" cannot encode `text`; None if it, or any other tokenizer, can."""
+        if self._characters is None or self.unknown != "refuse":
+            return None
+        unknown = self._characters.encode(text)[1]
+        return self._refusal(text, int(unknown[0])) if unknown.size else None
+
+    def _refusal(self, text: str, at: int) -> str:
+        line, column = text.count("\n", 0, at) + 1, at - text.rfind("\n", 0, at)
+        return (
+            f"character {text[at]!r} (U+{ord(text[at]):04X}) at line {line}, column {column} of the text is not among "
+            f"the {self.vocab_size} symbols of the tokenizer {self.name}; remove it, or use a tokenizer with unknown = "
+            "map"
+        )
 
     def count_unknown(self, text: str) -> int:
         """Characters of `text` that a character tokenizer does not know, and maps; 0 for other tokenizers."""

@@ -48,11 +48,12 @@ def test_from_text_to_token_file(workspace):
     assert tokenizer.encode("New York").size == 1 == tokenizer.encode("about ").size
     output = run(
         "preprocess_data.py",
-        *("--input", "corpus.jsonl", "notes", "--tokenizer", "tok", "--output", "out/data"),
+        *("--input", "corpus.jsonl", "notes", "--tokenizer", "tok", "--output", "out/data", "--on_error", "skip"),
         cwd=workspace,
     )
     assert "out/data: 31 documents" in output and "bytes/token" in output and "MB/s" in output
-    assert "skipped 1 empty documents" in output and "left out 1 files" in output
+    assert "left out 1 records, 1 of them empty" in output and "  corpus.jsonl:31: the document is empty" in output
+    assert "left out 1 files" in output
     file = verify(workspace / "out" / "data")
     assert file.num_documents == 31 and file.manifest["tokenizer"]["fingerprint"] == tokenizer.fingerprint
     shutil.rmtree(workspace / "tok")
