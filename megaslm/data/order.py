@@ -75,15 +75,29 @@ def permute(index: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 class WindowsOrder:
     """Order of the windows of one dataset of `num_tokens` tokens; `dataset` is its place in the blend.
 
+    packed: the tokens come in bins of seq_length + 1, and the windows are the bins, in every epoch.
+
     Attributes:
-        num_windows: windows per epoch, (num_tokens - seq_length) // seq_length, the same for every offset.
+        stride: tokens from the start of one window to that of the next: seq_length, in a packed dataset seq_length + 1.
+        offsets: at how many tokens the first window may start: seq_length, in a packed dataset 1.
+        num_windows: windows per epoch, (num_tokens - seq_length) // seq_length, the same for every offset; the bins of
+            a packed dataset.
 
     UserError for a corpus too short for one window at every offset (2 * seq_length tokens).
     """
 
-    def __init__(self, num_tokens: int, seq_length: int, seed: int, dataset: int = 0, name: str = "the corpus"):
+    def __init__(
+        self,
+        num_tokens: int,
+        seq_length: int,
+        seed: int,
+        dataset: int = 0,
+        name: str = "the corpus",
+        packed: bool = False,
+    ):
         self.num_tokens, self.seq_length, self.seed, self.dataset = num_tokens, seq_length, seed, dataset
-        self.num_windows = (num_tokens - seq_length) // seq_length
+        self.stride, self.offsets = (seq_length + 1, 1) if packed else (seq_length, seq_length)
+        self.num_windows = num_tokens // self.stride if packed else (num_tokens - seq_length) // seq_length
         if self.num_windows < 1:
             raise UserError(
                 f"{name} has {num_tokens:,} tokens to train on, too short for one window of seq_length {seq_length:,}: "
@@ -91,8 +105,8 @@ class WindowsOrder:
             )
 
     def offset(self, epoch: int) -> int:
-        """Token at which the first window of the epoch starts, in [0, seq_length - 1]."""
-        return int(_derive_keys("offset", self.seed, self.dataset, epoch)[0]) % self.seq_length
+        """Token at which the first window of the epoch starts, in [0, seq_length - 1]; 0 in a packed dataset."""
+        return int(_derive_keys("offset", self.seed, self.dataset, epoch)[0]) % self.offsets
 
     def starts(self, numbers: np.ndarray) -> np.ndarray:
         """[...] int64: first token of the window of each sample number [...] of this dataset."""
@@ -102,7 +116,7 @@ class WindowsOrder:
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             keys = _derive_keys("windows", self.seed, self.dataset, epoch)
-            starts[here] = self.offset(epoch) + permute(index[here], self.num_windows, keys) * self.seq_length
+            starts[here] = self.offset(epoch) + permute(index[here], self.num_windows, keys) * self.stride
         return starts
 
 
