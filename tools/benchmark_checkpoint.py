@@ -50,7 +50,7 @@ def build_engine(arguments: argparse.Namespace, ranks):
     import torch
 
     from megaslm.model import build_model
-    from megaslm.training import TrainingEngine, preferred_precision
+    from megaslm.training import MicroBatch, TrainingEngine, preferred_precision
 
     run = load_run_config(arguments.preset, [*arguments.overrides, f"data.seq_length={SEQ_LENGTH}"])
     if run.model.vocab_size is None:
@@ -72,7 +72,7 @@ def build_engine(arguments: argparse.Namespace, ranks):
     )
     engine = TrainingEngine(build_model(run.model, run.train.seed, ranks.device), run, engine_config, ranks)
     tokens = torch.randint(run.model.vocab_size, (1, SEQ_LENGTH), device=ranks.device)
-    engine.train_step([(tokens, tokens)], lr=1e-4)
+    engine.train_step([MicroBatch(tokens, tokens, None, None)], lr=1e-4)
     return engine, run, precision
 
 

@@ -50,8 +50,9 @@ def bare_loop(run: RunConfig, interval: int) -> list[float]:
     rates, started = [], time.perf_counter()
     for step in range(run.train.max_steps):
         batch = data.training.batch(step * run.train.global_batch_size, run.train.global_batch_size)
-        window = torch.from_numpy(batch.astype("int64"))
-        objective, _ = model(window[:, :-1], window[:, 1:])
+        window = torch.from_numpy(batch.tokens.astype("int64"))
+        positions = None if batch.positions is None else torch.from_numpy(batch.positions)
+        objective, _ = model(window[:, :-1], window[:, 1:], positions)
         (objective / run.tokens_per_step).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.gradient_clipping)
         optimizer.step()

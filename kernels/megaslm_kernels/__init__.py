@@ -4,17 +4,20 @@ Depends on torch and triton only and knows nothing of megaslm. Every op takes an
 and rounds once at each store. `select_backend` gives the ops of one backend as an `Ops`.
 """
 
-from megaslm_kernels.attention import causal_attention
+from megaslm_kernels.attention import Documents, causal_attention, find_documents, separates_by_flash
 from megaslm_kernels.backends import REFERENCE, TRITON, BackendUnavailable, Ops, select_backend, triton_obstacle
 from megaslm_kernels.cross_entropy import IGNORE_INDEX
 
 __all__ = [
     "BackendUnavailable",
+    "Documents",
     "IGNORE_INDEX",
     "Ops",
     "REFERENCE",
     "TRITON",
     "causal_attention",
+    "find_documents",
     "select_backend",
+    "separates_by_flash",
     "triton_obstacle",
 ]

@@ -18,6 +18,7 @@ from megaslm.config.load import (
 )
 from megaslm.config.manual import describe_fields
 from megaslm.config.schema import (
+    UNNAMED_SET,
     CheckpointConfig,
     DataConfig,
     DatasetConfig,
@@ -44,6 +45,7 @@ __all__ = [
     "ScheduleConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "UNNAMED_SET",
     "default_engine_config",
     "describe_fields",
     "list_presets",

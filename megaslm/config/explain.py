@@ -61,6 +61,8 @@ def describe(kind: Any) -> str:
         return f"a list of {len(args)}, each {describe(args[0])}"
     if get_origin(kind) is list:
         return f"a list, each item {describe(args[0])}"
+    if get_origin(kind) is dict:
+        return f"an object, each value {describe(args[1])}"
     if fields := subfields(kind):
         return f"an object with {', '.join(fields)}"
     return _PLAIN[kind]

@@ -5,6 +5,7 @@ Units are in the names or the docstrings. None means that a value follows from o
 """
 
 import math
+import re
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Lt
@@ -155,7 +156,24 @@ def _as_datasets(value):
     return [{"prefix": v} if isinstance(v, str) else v for v in _as_list(value)]
 
 
+def _as_prefixes(value):
+    """A PREFIX or a list of them as a list; named ones as an object of lists."""
+    if isinstance(value, dict):
+        for name, prefixes in value.items():
+            if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+                raise ValueError(f"the name {name!r} of a set must be letters, digits, `_`, `.` and `-`")
+            if isinstance(prefixes, dict) or not _as_prefixes(prefixes):
+                raise ValueError(f"the set {name!r} must be a PREFIX (text) or a list of at least one")
+        return {name: _as_prefixes(prefixes) for name, prefixes in value.items()}
+    prefixes = [value] if isinstance(value, str) else value
+    if not isinstance(prefixes, list) or not all(isinstance(prefix, str) for prefix in prefixes):
+        raise ValueError('must be a PREFIX (text), a list of them, or named ones: {"NAME": PREFIX or list, ...}')
+    return prefixes
+
+
 Datasets = Annotated[list[DatasetConfig], BeforeValidator(_as_datasets)]
+Prefixes = Annotated[list[str] | dict[str, list[str]], BeforeValidator(_as_prefixes)]
+UNNAMED_SET = "validation"
 
 
 class DataConfig(Section):
@@ -174,14 +192,37 @@ class DataConfig(Section):
     """Hold out whole documents, or the last part of every document (for a corpus that is one long text)."""
     train: Datasets = []
     """Token files to train on: a PREFIX, a list of them, or of {"prefix": ..., "weight": ...}."""
-    validation: Annotated[list[str], BeforeValidator(_as_list)] = []
-    """Token files to evaluate on: a PREFIX or a list of them, without weights: every token is read once.
-    Empty: the part of train that split keeps back."""
+    validation: Prefixes = []
+    """Token files to evaluate on: a PREFIX or a list of them, without weights: every token is read once. Named sets, as
+    one JSON object (data.validation='{"wiki": "PREFIX", "code": ["PREFIX", "PREFIX"]}'), are reported one by one too;
+    the loss over the targets of all of them decides which checkpoint is the best. Empty: the part of train that split
+    keeps back."""
     split: str = "98,2"
     """Shares of the sequences of each train file for training, validation and (optional) test: contiguous ranges.
     Used when validation is empty."""
     seq_length: int | None = Field(None, ge=1)
     """Tokens a sample trains on. None: the model's context_length."""
+    order: Literal["windows", "megatron"] = "windows"
+    """Order of the training samples. windows: a keyed permutation of windows of seq_length tokens, computed on the fly,
+    for any number of epochs. megatron: Megatron-LM's own, to go on with one of its runs (see first_sample). It is built
+    at start for first_sample and the samples of this run together, which must be as many as it was built for there; so
+    train.max_epochs can't be the length. One file is read as by --data-path PREFIX, without a weight, there; several as
+    by WEIGHT PREFIX WEIGHT PREFIX. Without weights they are equal here, and by size there; weight 0 leaves a file out
+    here, and is refused there."""
+    first_sample: int = Field(0, ge=0)
+    """Sample of the order that the run begins with: those that an earlier run has read, such as Megatron-LM's
+    consumed_train_samples. Schedule and length of this run do not count them."""
+    mask_documents: bool = False
+    """Let a token attend to its own document alone, with positions that restart in each, in training and evaluation:
+    as if every document were a sequence by itself. Otherwise documents that share a window see each other, as in
+    Megatron-LM. A document is what the token files call one; in packed files, a piece of a bin. The first token behind
+    a document stays a target of its last, as in Megatron-LM without --eod-mask-loss."""
+
+    @property
+    def validation_sets(self) -> dict[str, list[str]]:
+        """The token files of each named set of `validation`; those without names are one, UNNAMED_SET."""
+        named = self.validation if isinstance(self.validation, dict) else {UNNAMED_SET: self.validation}
+        return {name: prefixes for name, prefixes in named.items() if prefixes}
 
     @field_validator("split")
     @classmethod
@@ -277,7 +318,7 @@ class EvalConfig(Section):
     interval: int = Field(1000, ge=0)
     """Steps between evaluations; 0: only at the end."""
     max_sequences: int | None = Field(None, ge=1)
-    """Validation windows to read, from the first. None: every target of the validation part, once."""
+    """Validation windows to read of each set, from the first. None: every target of the validation part, once."""
     sample_tokens: int = Field(0, ge=0)
     """Tokens of text to generate after each evaluation; 0: none."""
     sample_prompt: str = ""
@@ -378,6 +419,16 @@ class RunConfig(Section):
             )
         if not (self.train.max_steps or self.train.max_tokens or self.train.max_epochs):
             raise ValueError("one of train.max_steps, train.max_tokens and train.max_epochs must be given")
+        if self.data.order == "megatron" and self.train.max_epochs:
+            raise ValueError(
+                "data.order=megatron is built for a number of samples, and train.max_epochs gives none: "
+                "give train.max_steps or train.max_tokens instead"
+            )
+        if self.data.order == "megatron" and self.checkpoint.every_epoch:
+            raise ValueError(
+                "checkpoint.every_epoch has no epochs to save under data.order=megatron, which shuffles those of a run "
+                "together: take checkpoint.keep_every, or data.order=windows"
+            )
         if self.data.input and self.data.train:
             raise ValueError("data.input and data.train exclude each other: raw text to build from, or token files")
         if self.data.validation and not self.data.train:

@@ -14,9 +14,11 @@ Shapes: B batch, S sequence, H query heads, K key/value heads, D head size, E wi
 V padded vocabulary, N = B S rows, R rotated channels of a head.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
-from megaslm_kernels import REFERENCE, Ops, causal_attention
+from megaslm_kernels import REFERENCE, Documents, Ops, causal_attention, find_documents
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -58,6 +60,14 @@ def empty_embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
+class Rotary(NamedTuple):
+    """What queries and keys are rotated by: cos and sin [S, R/2], whose rows are positions, and those of the tokens."""
+
+    cos: Tensor
+    sin: Tensor
+    positions_BS: Tensor | None
+
+
 class RotaryTable(nn.Module):
     """cos and sin of position x frequency, [context, R/2], fp32 whatever the parameters' type.
 
@@ -97,8 +107,8 @@ class RotaryTable(nn.Module):
             self.fill()
         return self
 
-    def forward(self, length: int) -> tuple[Tensor, Tensor]:
-        return self.cos[:length], self.sin[:length]
+    def forward(self, length: int, positions_BS: Tensor | None = None) -> Rotary:
+        return Rotary(self.cos[:length], self.sin[:length], positions_BS)
 
 
 class QueryKeyNorm(nn.Module):
@@ -112,11 +122,12 @@ class QueryKeyNorm(nn.Module):
         self.eps = eps
         self.ops = ops
 
-    def forward(self, q_BSHD: Tensor, k_BSKD: Tensor, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def forward(self, q_BSHD: Tensor, k_BSKD: Tensor, rotary: Rotary | None) -> tuple[Tensor, Tensor]:
         if rotary is None:
             q_BSHD = self.ops.rms_norm(q_BSHD, self.q_weight, self.eps)
             return q_BSHD, self.ops.rms_norm(k_BSKD, self.k_weight, self.eps)
-        return self.ops.qk_norm_rotary(q_BSHD, k_BSKD, self.q_weight, self.k_weight, *rotary, self.eps)
+        cos, sin, positions_BS = rotary
+        return self.ops.qk_norm_rotary(q_BSHD, k_BSKD, self.q_weight, self.k_weight, cos, sin, self.eps, positions_BS)
 
 
 class Attention(nn.Module):
@@ -133,7 +144,7 @@ class Attention(nn.Module):
         self.qk_norm = QueryKeyNorm(self.head_dim, config.norm_eps, ops) if config.qk_norm else None
         self.ops = ops
 
-    def forward(self, x_BSE: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    def forward(self, x_BSE: Tensor, rotary: Rotary | None, documents: Documents | None) -> Tensor:
         qkv = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim))
         kv_heads = qkv.size(2) // (self.queries_per_kv + 2)
         q_BSHD, k_BSKD, v_BSKD = qkv.split((kv_heads * self.queries_per_kv, kv_heads, kv_heads), dim=2)
@@ -141,7 +152,7 @@ class Attention(nn.Module):
             q_BSHD, k_BSKD = self.qk_norm(q_BSHD, k_BSKD, rotary)
         elif rotary is not None:
             q_BSHD, k_BSKD = self.ops.rotary(q_BSHD, k_BSKD, *rotary)
-        return self.out(causal_attention(q_BSHD, k_BSKD, v_BSKD).flatten(2))
+        return self.out(causal_attention(q_BSHD, k_BSKD, v_BSKD, documents).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -185,10 +196,10 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(config, ops) if config.feed_forward == "swiglu" else GELUFeedForward(config)
 
     def forward(
-        self, x_BSE: Tensor, branch_BSE: Tensor | None, rotary: tuple[Tensor, Tensor] | None
+        self, x_BSE: Tensor, branch_BSE: Tensor | None, rotary: Rotary | None, documents: Documents | None
     ) -> tuple[Tensor, Tensor]:
         x_BSE, normed_BSE = self.attention_norm(x_BSE, branch_BSE)
-        attended_BSE = self.attention(normed_BSE, rotary)
+        attended_BSE = self.attention(normed_BSE, rotary, documents)
         if self.parallel_residual:
             _, normed_BSE = self.feed_forward_norm(x_BSE)
             return x_BSE, attended_BSE + self.feed_forward(normed_BSE)
@@ -202,6 +213,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, ops: Ops):
         super().__init__()
         self.context_length = config.context_length
+        self.head_dim = config.head_dim
         self.activation_checkpointing = False
         self.embedding = empty_embedding(config.padded_vocab_size, config.hidden_size)
         learned = config.position == "learned"
@@ -210,16 +222,24 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.num_layers))
         self.norm = build_norm(config, ops)
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        """Hidden states [B, S, E] after the last norm, of token ids [B, S] with S <= context_length."""
+    def forward(
+        self, tokens_BS: Tensor, positions_BS: Tensor | None = None, num_documents: int | None = None
+    ) -> Tensor:
+        """Hidden states [B, S, E] after the last norm, of token ids [B, S] with S <= context_length.
+
+        positions_BS, num_documents: as in `LanguageModel.forward`.
+        """
         length = tokens_BS.size(1)
         assert length <= self.context_length, f"{length} tokens do not fit in a context of {self.context_length}"
         x_BSE = self.embedding(tokens_BS)
-        rotary = None
+        rotary = documents = None
         if self.position_embedding is not None:
-            x_BSE = x_BSE + self.position_embedding(torch.arange(length, device=tokens_BS.device))
+            positions = torch.arange(length, device=tokens_BS.device) if positions_BS is None else positions_BS
+            x_BSE = x_BSE + self.position_embedding(positions)
         else:
-            rotary = self.rotary_table(length)
+            rotary = self.rotary_table(length, positions_BS)
+        if positions_BS is not None:
+            documents = find_documents(positions_BS, num_documents, self.head_dim, x_BSE.dtype)
         branch_BSE = None
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
@@ -228,10 +248,10 @@ class Decoder(nn.Module):
                 # Non-reentrant: the reentrant form breaks ZeRO-2 and 3 where a module runs twice.
                 # Nothing in a block draws random numbers, so no generator's state is kept.
                 x_BSE, branch_BSE = checkpoint(
-                    block, x_BSE, None, rotary, use_reentrant=False, preserve_rng_state=False
+                    block, x_BSE, None, rotary, documents, use_reentrant=False, preserve_rng_state=False
                 )  # fmt: skip
             else:
-                x_BSE, branch_BSE = block(x_BSE, branch_BSE, rotary)
+                x_BSE, branch_BSE = block(x_BSE, branch_BSE, rotary, documents)
         return self.norm(x_BSE, branch_BSE)[1]
 
 
@@ -269,8 +289,19 @@ class LanguageModel(nn.Module):
         if self.config.tie_embeddings:
             self.head.weight = self.decoder.embedding.weight
 
-    def forward(self, tokens_BS: Tensor, targets_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+        num_documents: int | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, S, vocab_size] of token ids [B, S] (int64); or with `targets_BS` the objective, to be
         differentiated, and the loss, to be reported: fp32 scalars, sums over the targets that are not -100. The loss is
-        the cross-entropy in nats; the objective adds z_loss log^2(sum of exp(logits)) (arXiv:2204.02311)."""
-        return self.head(self.decoder(tokens_BS), targets_BS)
+        the cross-entropy in nats; the objective adds z_loss log^2(sum of exp(logits)) (arXiv:2204.02311).
+
+        positions_BS: [B, S] int32, tokens since the start of the document: a token sees its own document alone, as if
+            each were run by itself. A row starts at 0. None: every row is one document.
+        num_documents: how many positions are 0. None: counted, for which the host waits for a GPU.
+        """
+        return self.head(self.decoder(tokens_BS, positions_BS, num_documents), targets_BS)

@@ -1,5 +1,6 @@
 """Training: the engine, the loop, schedules, metrics, evaluation."""
 
+from megaslm.training.batches import MicroBatch, StepBatches
 from megaslm.training.device import preferred_precision
 from megaslm.training.engine import TrainingEngine, build_optimizer
 from megaslm.training.preparation import Options, prepare_data
@@ -10,8 +11,10 @@ from megaslm.training.saving import Saving
 from megaslm.training.schedule import learning_rate
 
 __all__ = [
+    "MicroBatch",
     "Options",
     "Saving",
+    "StepBatches",
     "TrainingEngine",
     "build_optimizer",
     "environment",

@@ -12,12 +12,15 @@ import math
 import warnings
 
 import torch
+from megaslm_kernels import find_documents
 from torch import Tensor, nn
 
 from megaslm.config import OptimizerConfig, RunConfig, offloads_optimizer, zero_stage
+from megaslm.data import IGNORED_TARGET
 from megaslm.errors import UserError
 from megaslm.model import LanguageModel
 from megaslm.parallel import Ranks
+from megaslm.training.batches import MicroBatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,7 +72,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) ->
         ) from error
 
 
-def compile_blocks(model: LanguageModel, micro_batch_size: int, seq_length: int, dtype: torch.dtype) -> str | None:
+def compile_blocks(
+    model: LanguageModel, micro_batch_size: int, seq_length: int, dtype: torch.dtype, mask_documents: bool = False
+) -> str | None:
     """Switch torch.compile on for every block. Returns None, or the reason why it stays off.
 
     One block is tried first, forward and backward, on a copy: a missing compiler shows here and not in the run.
@@ -78,10 +83,15 @@ def compile_blocks(model: LanguageModel, micro_batch_size: int, seq_length: int,
     trial = copy.deepcopy(blocks[0]).to(dtype)
     device = next(trial.parameters()).device
     x = torch.randn(micro_batch_size, seq_length, model.config.hidden_size, dtype=dtype, device=device)
-    rotary = model.decoder.rotary_table(seq_length) if model.decoder.rotary_table is not None else None
+    positions = documents = None
+    if mask_documents:
+        positions = torch.arange(seq_length, dtype=torch.int32, device=device).repeat(micro_batch_size, 1)
+        documents = find_documents(positions, micro_batch_size, model.config.head_dim, dtype)
+    table = model.decoder.rotary_table
+    rotary = table(seq_length, positions) if table is not None else None
     try:
         trial.compile()
-        sum(trial(x.requires_grad_(), x, rotary)).sum().backward()
+        sum(trial(x.requires_grad_(), x, rotary, documents)).sum().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Dynamo, Inductor and the compilers under them raise all kinds
@@ -97,17 +107,23 @@ def first_line(error: BaseException) -> str:
 
 
 class TrainingEngine:
-    """`train_step(micro_batches, lr)` and what can be asked about it."""
+    """`train_step(micro_batches, lr)` and what can be asked about it.
 
-    def __init__(self, model: LanguageModel, run: RunConfig, engine_config: dict, ranks: Ranks):
+    masked_targets: whether targets of the training data may be -100 (the padding of packed files), so that the ranks
+        must count those that are not, once a step; otherwise their number is known.
+    """
+
+    def __init__(
+        self, model: LanguageModel, run: RunConfig, engine_config: dict, ranks: Ranks, masked_targets: bool = False
+    ):
         import deepspeed
 
         self._stage = zero_stage(engine_config)
         self._clipping = run.optimizer.gradient_clipping
+        self._masked_targets = masked_targets
+        self._tokens_per_step = run.tokens_per_step
         self._gradient_scale = (
-            engine_config["gradient_accumulation_steps"]
-            * ranks.data_parallel_size
-            / (run.train.global_batch_size * run.seq_length)
+            engine_config["gradient_accumulation_steps"] * ranks.data_parallel_size / self._tokens_per_step
         )
         self._own_skipped_steps = torch.zeros((), device=ranks.device)
         self._own_grad_norm: Tensor | None = None
@@ -122,26 +138,40 @@ class TrainingEngine:
         """The network, through whose submodules sampling runs (the engine's hooks gather ZeRO-3 weights)."""
         return self.deepspeed.module
 
-    def train_step(self, micro_batches: list[tuple[Tensor, Tensor]], lr: float) -> Tensor:
-        """One optimizer step over this rank's (tokens, targets) [B, S] of the global batch.
+    def train_step(self, micro_batches: list[MicroBatch], lr: float) -> Tensor:
+        """One optimizer step over this rank's micro-batches of the global batch.
 
-        Returns the sum of this rank's losses, in nats, as a float64 scalar on the device. The gradient is that of
-        (sum of objectives over the global batch) / (its targets): the engine averages over ranks and accumulation
-        steps, which the scale undoes.
+        Returns [2] float64 on the device: the sum of this rank's losses, in nats, and the number of its targets. The
+        gradient is that of (sum of objectives over the global batch) / (its targets): the engine averages over ranks
+        and accumulation steps, which the scale undoes.
         """
         engine = self.deepspeed
         engine.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        losses = torch.zeros((), dtype=torch.float64, device=engine.device)
-        for tokens, targets in micro_batches:
-            objective, loss = engine(tokens, targets)
+        sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+        losses, targets = sums
+        scale = self._scale(micro_batches, targets)
+        for batch in micro_batches:
+            objective, loss = engine(*batch)
             losses += loss
-            engine.backward(objective * self._gradient_scale)
+            engine.backward(objective * scale)
             if self._stage == 0 and engine.is_gradient_accumulation_boundary():
                 self._clip_gradients()
             engine.step()
-        return losses
+        return sums
+
+    def _scale(self, micro_batches: list[MicroBatch], count: Tensor) -> float | Tensor:
+        """What every objective of a step is multiplied with; `count` gets the number of this rank's targets."""
+        if not self._masked_targets:
+            count.fill_(sum(batch.targets.numel() for batch in micro_batches))
+            return self._gradient_scale
+        for batch in micro_batches:
+            count += (batch.targets != IGNORED_TARGET).sum()
+        # The host waits for none of it.
+        total = count.clone()
+        torch.distributed.all_reduce(total, group=self.deepspeed.data_parallel_group)
+        return (self._gradient_scale * self._tokens_per_step / total).float()
 
     def _clip_gradients(self) -> None:
         """Stage 0: clip to the global L2 norm; a step whose gradient is not finite is left out and counted."""
@@ -173,8 +203,8 @@ class TrainingEngine:
         return float(self.deepspeed.optimizer.cur_scale) if self.deepspeed.fp16_enabled() else None
 
     @torch.no_grad()
-    def loss_sum(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def loss_sum(self, batch: MicroBatch) -> Tensor:
         """Sum of the losses of one batch in evaluation mode, fp32 scalar."""
         self.deepspeed.eval()
-        _, loss = self.deepspeed(tokens, targets)
+        _, loss = self.deepspeed(*batch)
         return loss

@@ -14,7 +14,7 @@ from megaslm.generation import sample_tokens
 from megaslm.model import flops_per_token
 from megaslm.parallel import host
 from megaslm.training import report
-from megaslm.training.batches import step_batches, to_device
+from megaslm.training.batches import StepBatches, to_device
 from megaslm.training.device import memory_used, peak_flops
 from megaslm.training.engine import TrainingEngine
 from megaslm.training.evaluation import Evaluation, evaluate
@@ -40,8 +40,9 @@ class Training:
         self.skipped_before = 0
         self.last_evaluation: Evaluation | None = None
         self.evaluated_step: int | None = None
-        # Sums on the device, read at the logging interval alone.
-        self.interval_losses = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        # Losses and targets summed on the device, read at the logging interval alone, and the steps of this process.
+        self.interval_sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        self.interval_steps = 0
         self.watch = Stopwatch(self.ranks.device)
         self.eta_steps, self.eta_seconds = 0, 0.0
         self.log: MetricsLog | None = None
@@ -52,8 +53,7 @@ class Training:
             self.progress = Progress(**restore(checkpoint, self.engine.deepspeed)["progress"])
             self.progress.evaluation_due &= _due(self.progress.step, self.run.eval.interval)
             self.skipped_before = self.progress.skipped_steps
-            if self.ranks.is_first:
-                self.interval_losses.fill_(self.progress.interval_loss)
+            self._set_interval_sums()
             self.say(f"continuing from {checkpoint.path} at step {self.progress.step}")
         elif weights is not None:
             restore(weights.checkpoint, self.engine.deepspeed, weights_only=True)
@@ -70,7 +70,10 @@ class Training:
             with StopRequest(self.ranks, self.run.train.max_seconds) as stop:
                 if self.progress.evaluation_due:
                     self._evaluate()
-                reason = self._loop(stop)
+                first_sample = self.run.data.first_sample + self.progress.samples
+                steps = self.plan.steps - self.progress.step
+                with StepBatches(self.data.training, self.plan.layout, self.ranks, first_sample, steps) as batches:
+                    reason = self._loop(stop, batches)
             self.progress.seconds = time.perf_counter() - self.started
             if self.ranks.is_first:
                 conclude(self.plan, self.progress, reason)
@@ -91,7 +94,7 @@ class Training:
             self.run_dir, self.run, self.progress.step, self.say, without_evaluation=self.progress.evaluation_due
         )
 
-    def _loop(self, stop: StopRequest) -> str | None:
+    def _loop(self, stop: StopRequest, batches: StepBatches) -> str | None:
         """Step until the end; returns why it stopped before, or None."""
         progress, run, plan = self.progress, self.run, self.plan
         horizon = (run.schedule.horizon_steps or plan.steps) * run.train.global_batch_size
@@ -103,12 +106,11 @@ class Training:
                 optimizer=run.optimizer,
                 schedule=run.schedule,
             )
-            batches = step_batches(self.data.training, progress.samples, plan.layout, self.ranks)
-            self.interval_losses += self.engine.train_step(batches, lr)
+            self.interval_sums += self.engine.train_step(batches.next(), lr)
+            self.interval_steps += 1
             progress.step += 1
             progress.samples += run.train.global_batch_size
             progress.tokens += run.tokens_per_step
-            progress.interval_targets += run.tokens_per_step
             if progress.step == self.first_step:
                 # What exists now lives as long as the run: the collector need not walk it again (half-second stalls).
                 gc.collect()
@@ -132,10 +134,9 @@ class Training:
     def _log_interval(self, lr: float) -> None:
         """One record and one line; the only place of the loop that waits for the device."""
         progress, run = self.progress, self.run
-        loss_sum = float(self.ranks.sum(self.interval_losses))
-        seconds = self.watch.restart()
+        loss_sum, targets = self.ranks.sum(self.interval_sums).tolist()
         # Of an interval that an earlier process began, the time is that of this one's steps.
-        steps = min(progress.interval_targets // run.tokens_per_step, progress.step - self.first_step + 1)
+        steps, seconds = self.interval_steps, self.watch.restart()
         tokens_per_s = steps * run.tokens_per_step / seconds
         per_device = tokens_per_s / self.ranks.world_size / 1e12
         flops = flops_per_token(run.model, run.seq_length)
@@ -146,7 +147,7 @@ class Training:
             "step": progress.step,
             "samples": progress.samples,
             "tokens": progress.tokens,
-            "loss": loss_sum / progress.interval_targets,
+            "loss": loss_sum / targets,
             "grad_norm": self.engine.grad_norm,
             "lr": lr,
             "tokens_per_s": tokens_per_s,
@@ -161,8 +162,8 @@ class Training:
         if progress.step - steps >= self.first_step:
             # Not the first interval: its first steps allocate, compile and fill caches.
             self.eta_steps, self.eta_seconds = self.eta_steps + steps, self.eta_seconds + seconds
-        self.interval_losses.zero_()
-        progress.interval_loss, progress.interval_targets = 0.0, 0
+        self.interval_sums.zero_()
+        self.interval_steps = 0
         if self.log is not None:
             left = self.plan.steps - progress.step
             eta = left * self.eta_seconds / self.eta_steps if self.eta_steps else None
@@ -188,16 +189,16 @@ class Training:
                 "step": progress.step,
                 "samples": progress.samples,
                 "tokens": progress.tokens,
-                "perplexity": result.perplexity,
-                **asdict(result),
+                **result.record(),
             }
             if self.log is not None:
                 self.log.write(record)
                 self.say(report.eval_line(record))
             if self.run.eval.sample_tokens and self.data.tokenizer is not None:
                 self._sample()
-        if math.isfinite(result.loss) and (progress.best_loss is None or result.loss < progress.best_loss):
-            progress.best_loss, progress.best_step = result.loss, progress.step
+        loss = result.overall.loss
+        if math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss):
+            progress.best_loss, progress.best_step = loss, progress.step
             if self.run.checkpoint.keep_best and progress.step < self.plan.steps:
                 self._save()
 
@@ -205,7 +206,7 @@ class Training:
         tokenizer, config = self.data.tokenizer, self.run.eval
         prompt = self.data.sample_prompt
         if prompt is None:
-            first = self.data.validation.batch(0, 1)[0][0, :1]
+            first = next(iter(self.data.validation.values())).batch(0, 1)[0][0, :1]
             prompt = first if tokenizer.eod_id is None else np.array([tokenizer.eod_id])
         # Eager: the growing length would compile a block anew for a text that nobody waits for. (Without compile the
         # compiler stays unimported: that saves a second, and triton's complaints at exit.)
@@ -229,8 +230,9 @@ class Training:
         """The number of the epoch that this step completed, if its end is to be kept."""
         if not self.run.checkpoint.every_epoch:
             return None
-        epoch = self.progress.samples // self.data.training.samples_per_epoch
-        before = (self.progress.samples - self.run.train.global_batch_size) // self.data.training.samples_per_epoch
+        samples = self.run.data.first_sample + self.progress.samples
+        epoch = samples // self.data.training.samples_per_epoch
+        before = (samples - self.run.train.global_batch_size) // self.data.training.samples_per_epoch
         return epoch if epoch > before else None
 
     def _save(self, last: bool = False) -> None:
@@ -242,13 +244,13 @@ class Training:
 
     def _snapshot(self, buffers: HostBuffers | None) -> Snapshot:
         progress = self.progress
-        # Afterwards rank 0 carries the sum of all ranks, here as in a run that continues from this checkpoint.
-        progress.interval_loss = float(self.ranks.sum(self.interval_losses))
-        self.interval_losses.fill_(progress.interval_loss if self.ranks.is_first else 0.0)
+        losses, targets = self.ranks.sum(self.interval_sums).tolist()
+        progress.interval_loss, progress.interval_targets = losses, int(targets)
+        self._set_interval_sums()
         progress.skipped_steps = self.skipped_before + self.engine.skipped_steps
         progress.seconds = time.perf_counter() - self.started
         evaluation = self.last_evaluation if self.evaluated_step == progress.step else None
-        loss = evaluation.loss if evaluation is not None and math.isfinite(evaluation.loss) else None
+        loss = evaluation.overall.loss if evaluation is not None else math.nan
         return take_snapshot(
             self.run_dir / "checkpoints",
             self.engine.deepspeed,
@@ -259,17 +261,27 @@ class Training:
                 "identity": identity(self.run, self.data),
                 "data": self.data.training.state(),
             },
-            marks={"validation_loss": loss, "epoch": self._ended_epoch()},
+            marks={"validation_loss": loss if math.isfinite(loss) else None, "epoch": self._ended_epoch()},
             buffers=buffers,
         )
+
+    def _set_interval_sums(self) -> None:
+        """Let rank 0 carry the sums of all ranks, here as in a run that continues from this checkpoint."""
+        self.interval_sums.zero_()
+        if self.ranks.is_first:
+            self.interval_sums += torch.tensor(
+                [self.progress.interval_loss, self.progress.interval_targets], dtype=torch.float64
+            ).to(self.ranks.device)
 
 
 def dry_run(plan: Plan, engine: TrainingEngine) -> str:
     """One step with the largest batch; what it took."""
     started = time.perf_counter()
-    losses = engine.train_step(step_batches(plan.data.training, 0, plan.layout, plan.ranks), plan.run.optimizer.lr)
-    loss = float(plan.ranks.sum(losses)) / plan.run.tokens_per_step
-    return report.dry_run_table(plan, loss, engine.grad_norm, time.perf_counter() - started)
+    first_sample = plan.run.data.first_sample
+    with StepBatches(plan.data.training, plan.layout, plan.ranks, first_sample, steps=1) as batches:
+        sums = engine.train_step(batches.next(), plan.run.optimizer.lr)
+    loss_sum, targets = plan.ranks.sum(sums).tolist()
+    return report.dry_run_table(plan, loss_sum / targets, engine.grad_norm, time.perf_counter() - started)
 
 
 def _due(step: int, interval: int) -> bool:

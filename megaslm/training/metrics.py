@@ -1,9 +1,10 @@
 """Where a run's numbers go: the terminal, metrics.jsonl, TensorBoard and Weights & Biases. Used by rank 0 alone.
 
 Definitions (the only place that has them):
-- loss: mean over the unmasked target tokens of the logging interval, nats
+- loss: mean over the unmasked target tokens of the logging interval (or of all validation sets, or of one), nats
 - tokens_per_s: global tokens consumed over the wall time of the interval, evaluation and checkpoints taken off
-- tflops: model FLOPs per token (full attention) x tokens/s per device / 1e12; tflops_causal: with causal attention
+- tflops: model FLOPs per token (full attention over the window, also where documents are kept apart) x tokens/s per
+  device / 1e12; tflops_causal: with causal attention
 - mfu: tflops over the dense bf16 peak of the device; absent where that is not known
 - grad_norm: global L2 before clipping, of the interval's last step
 - memory_bytes: peak allocated on a GPU, peak resident set on a CPU (rank 0)
@@ -14,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -77,12 +78,10 @@ class MetricsLog:
 
     def write(self, record: dict) -> None:
         """Append `record` (kind, step and numbers); what is None is left out, what is not finite becomes null."""
-        record = {key: value for key, value in record.items() if value is not None}
-        # JSON has no NaN and no infinity (the norm of a skipped step): null, so that every reader can read the line.
-        finite = {key: value if _is_finite(value) else None for key, value in record.items()}
-        scalars = {f"{record['kind']}/{key}": value for key, value in record.items() if key not in ("kind", "step")}
+        record = _without_none(record)
+        scalars = dict(_scalars(record["kind"], {key: record[key] for key in record if key not in ("kind", "step")}))
         with self._surviving():
-            self._file.write(json.dumps(finite) + "\n")
+            self._file.write(json.dumps(_finite(record)) + "\n")
             self._file.flush()
             if self._tensorboard is not None:
                 for name, value in scalars.items():
@@ -124,8 +123,26 @@ class MetricsLog:
                 self._warned = True
 
 
-def _is_finite(value: object) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
+def _without_none(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_none(item) for key, item in value.items() if item is not None}
+
+
+def _finite(value: object) -> object:
+    """JSON has no NaN and no infinity (the norm of a skipped step): null, so that every reader can read the line."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _scalars(name: str, value: object) -> Iterator[tuple[str, object]]:
+    """The numbers of a record by names such as eval/loss and eval/sets/wiki/loss."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _scalars(f"{name}/{key}", item)
+    else:
+        yield name, value
 
 
 def read_metrics(path: Path) -> list[dict]:

@@ -10,7 +10,14 @@ from typing import TypeVar
 import numpy as np
 from megaslm_kernels import Ops
 
-from megaslm.config import BatchLayout, RunConfig, requested_precision, resolve_batch, resolve_engine_config
+from megaslm.config import (
+    UNNAMED_SET,
+    BatchLayout,
+    RunConfig,
+    requested_precision,
+    resolve_batch,
+    resolve_engine_config,
+)
 from megaslm.data import (
     PreparedCorpus,
     Tokenizer,
@@ -45,11 +52,12 @@ class Options:
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads. `tokenizer` is None where the token files lead to none: no sample text, no bits per byte.
-    `sample_prompt` is eval.sample_prompt in ids, or None where it is empty."""
+    """What a run reads. `validation` by the names of its sets, UNNAMED_SET where they have none. `tokenizer` is None
+    where the token files lead to none: no sample text, no bits per byte. `sample_prompt` is eval.sample_prompt in ids,
+    or None where it is empty."""
 
     training: TrainingData
-    validation: ValidationData
+    validation: dict[str, ValidationData]
     tokenizer: Tokenizer | None
     sample_prompt: np.ndarray | None
 
@@ -90,7 +98,8 @@ def make_plan(run: RunConfig, engine_file: dict, options: Options, ranks: Ranks)
         engine_file, run=run, precision=precision, batch=batch, data_parallel_size=ranks.data_parallel_size
     )
     run, data = prepare_data(run, say)
-    return Plan(run, engine_config, options, ranks, data, batch, precision, ops, total_steps(run, data.training), say)
+    steps = total_steps(run, data.training.samples_per_epoch)
+    return Plan(run, engine_config, options, ranks, data, batch, precision, ops, steps, say)
 
 
 def prepare_data(run: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, RunData]:
@@ -112,10 +121,10 @@ def prepare_data(run: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig,
 def _open(run: RunConfig, corpus: PreparedCorpus | None) -> tuple[RunConfig, RunData]:
     data = run.data
     if corpus is not None:
-        train, validation = [(corpus.train_prefix, 1.0)], [corpus.validation_prefix]
+        train, validation = [(corpus.train_prefix, 1.0)], {UNNAMED_SET: [corpus.validation_prefix]}
         tokenizer_dir = corpus.tokenizer_dir
     else:
-        train, validation = [(dataset.prefix, dataset.weight) for dataset in data.train], data.validation
+        train, validation = [(dataset.prefix, dataset.weight) for dataset in data.train], data.validation_sets
         tokenizer_dir = run.tokenizer.path or _first(find_tokenizer, train)
     tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir else None
     run = _with_vocabulary(run, tokenizer, train)
@@ -124,10 +133,15 @@ def _open(run: RunConfig, corpus: PreparedCorpus | None) -> tuple[RunConfig, Run
         "vocab_size": run.model.vocab_size,
         "split": None if validation else data.split,
         "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else None,
+        "mask_documents": data.mask_documents,
     }
-    training = TrainingData(train, seed=run.train.seed, **common)
-    held_out = ValidationData(validation or [prefix for prefix, weight in train if weight], **common)
-    common_tokenizer([*training.parts, *held_out.parts])
+    # Megatron's order is a shuffle of all the samples, those before this run too; the other one need not know of them.
+    megatron = data.order == "megatron"
+    num_samples = data.first_sample + total_steps(run) * run.train.global_batch_size if megatron else None
+    training = TrainingData(train, seed=run.train.seed, order=data.order, num_samples=num_samples, **common)
+    validation = validation or {UNNAMED_SET: [prefix for prefix, weight in train if weight]}
+    held_out = {name: ValidationData(prefixes, **common) for name, prefixes in validation.items()}
+    common_tokenizer([*training.parts, *(part for one in held_out.values() for part in one.parts)])
     prompt = None
     if run.eval.sample_prompt:
         if tokenizer is None:
@@ -176,15 +190,18 @@ def _with_vocabulary(run: RunConfig, tokenizer: Tokenizer | None, train: list[tu
     return run
 
 
-def total_steps(run: RunConfig, training: TrainingData) -> int:
-    """Optimizer steps of the whole run: the first of max_steps, max_tokens and max_epochs to be reached."""
+def total_steps(run: RunConfig, samples_per_epoch: int | None = None) -> int:
+    """Optimizer steps of the whole run: the first of max_steps, max_tokens and max_epochs to be reached.
+
+    samples_per_epoch: needed for max_epochs alone.
+    """
     limits = []
     if run.train.max_steps:
         limits.append(run.train.max_steps)
     if run.train.max_tokens:
         limits.append(math.ceil(run.train.max_tokens / run.tokens_per_step))
     if run.train.max_epochs:
-        limits.append(math.ceil(run.train.max_epochs * training.samples_per_epoch / run.train.global_batch_size))
+        limits.append(math.ceil(run.train.max_epochs * samples_per_epoch / run.train.global_batch_size))
     return min(limits)
 
 
@@ -198,4 +215,7 @@ def identity(run: RunConfig, data: RunData) -> dict:
     values["train.global_batch_size"] = run.train.global_batch_size
     values["data.seq_length"] = run.seq_length
     values["tokenizer"] = data.tokenizer.fingerprint if data.tokenizer else None
+    for key in ("mask_documents", "first_sample"):
+        if value := getattr(run.data, key):  # left out otherwise: checkpoints from before it say nothing of it
+            values[f"data.{key}"] = value
     return values

@@ -15,7 +15,8 @@ from megaslm.training.run_dir import write_json
 
 @dataclass
 class Progress:
-    """Where a run stands. Everything here goes into the checkpoint; samples is the whole state of the data."""
+    """Where a run stands. Everything here goes into the checkpoint; samples, counted from data.first_sample on, is the
+    whole state of the data."""
 
     step: int = 0
     samples: int = 0
@@ -49,6 +50,7 @@ def conclude(plan: Plan, progress: Progress, reason: str | None) -> None:
         "validation_loss": last.get("loss"),
         "perplexity": last.get("perplexity"),
         "bits_per_byte": last.get("bits_per_byte"),
+        "validation_sets": last.get("sets", {}),
         "best_validation_loss": progress.best_loss,
         "best_step": progress.best_step,
         "ln_vocabulary": math.log(plan.run.model.vocab_size),

@@ -5,11 +5,13 @@ import os
 from pathlib import Path
 
 import torch
-from megaslm_kernels import triton_obstacle
+from megaslm_kernels import separates_by_flash, triton_obstacle
 
 from megaslm.config import zero_stage
+from megaslm.data import TrainingData, ValidationData
 from megaslm.model import count_parameters, flops_per_token
 from megaslm.training.device import device_name, memory_used
+from megaslm.training.engine import DTYPES
 from megaslm.training.metrics import read_metrics
 from megaslm.training.preparation import Plan
 
@@ -53,6 +55,8 @@ def header(plan: Plan, compiled: str) -> str:
     tokens = plan.steps * run.tokens_per_step
     flops = tokens * flops_per_token(model, run.seq_length)
     attention = f"{model.num_heads} heads of {model.head_dim}, {model.num_kv_heads} key/value"
+    order = f"{run.data.order} order" + (f" from sample {run.data.first_sample:,} on" if run.data.first_sample else "")
+    validation = " + ".join(f"{part.num_targets:,} {name}" + _padding(part) for name, part in data.validation.items())
     epochs = plan.steps * run.train.global_batch_size / data.training.samples_per_epoch
     rows = [
         ("parameters", f"{format_count(parameters)} ({parameters:,}), vocabulary {model.vocab_size:,}"),
@@ -61,8 +65,9 @@ def header(plan: Plan, compiled: str) -> str:
         ("tokens", f"{format_count(tokens)} in {plan.steps:,} steps of {run.tokens_per_step:,} "
                    f"({tokens / parameters:.3g} per parameter, {epochs:.3g} epochs)"),
         ("FLOPs", f"{flops:.3g} ({flops / parameters:.3g} per parameter)"),
-        ("data", f"{data.training.tokens_per_epoch:,} training tokens, "
-                 f"{data.validation.num_targets:,} validation targets"),
+        ("data", f"{data.training.tokens_per_epoch:,} training tokens{_padding(data.training)} in {order}, "
+                 f"{validation} targets"
+                 + (", documents apart" if run.data.mask_documents else "")),
         ("layout", f"{ranks.world_size} x {device_name(ranks.device)}, ZeRO {zero_stage(plan.engine_config)}, "
                    f"micro-batch {layout.micro_batch_size} x {layout.accumulation_steps} accumulation "
                    f"x {ranks.data_parallel_size} data parallel"),
@@ -81,6 +86,11 @@ def header(plan: Plan, compiled: str) -> str:
     return format_table(f"{run.name}: {run.description}" if run.description else run.name, rows)
 
 
+def _padding(data: TrainingData | ValidationData) -> str:
+    """How much of what the numbers of tokens of packed files count is not trained or evaluated on."""
+    return f" ({100 * data.padding_share:.1f} % padding)" if data.padding_share else ""
+
+
 def _notes(plan: Plan) -> list[str]:
     """What has no or less effect than one may think."""
     notes = []
@@ -89,6 +99,12 @@ def _notes(plan: Plan) -> list[str]:
         notes.append(f"the warmup of {warmup:,} steps is longer than the run: the learning rate never reaches its peak")
     if plan.run.train.kernels == "auto" and plan.ranks.device.type == "cuda" and plan.ops.backend == "reference":
         notes.append(f"PyTorch's operations instead of the fused kernels: {triton_obstacle(plan.ranks.device)}")
+    device, head_dim, dtype = plan.ranks.device, plan.run.model.head_dim, DTYPES[plan.precision]
+    if plan.run.data.mask_documents and device.type == "cuda" and not separates_by_flash(device, head_dim, dtype):
+        notes.append(
+            "documents are kept apart by a mask; flash attention, which is faster, needs bf16 or fp16, sm_80 or later, "
+            "and heads of a multiple of 8 up to 256"
+        )
     per_rank = plan.run.train.global_batch_size // plan.ranks.data_parallel_size
     if plan.layout.micro_batch_size < min(micro, per_rank):
         notes.append(
@@ -144,12 +160,16 @@ def train_line(record: dict, total_steps: int, eta_seconds: float | None) -> str
 
 
 def eval_line(record: dict) -> str:
-    """The terminal's line for one evaluation."""
+    """The terminal's line for one evaluation, and one for each named set."""
+    sets = record.get("sets") or {}
+    width = max(map(len, sets), default=0)
+    lines = [f"eval {record['step']}: {_loss(record)} in {record['seconds']:.1f} s"]
+    return "\n".join([*lines, *(f"    {name:<{width}}  {_loss(part)}" for name, part in sets.items())])
+
+
+def _loss(record: dict) -> str:
     bits = f" | {record['bits_per_byte']:.4f} bits/byte" if record.get("bits_per_byte") is not None else ""
-    return (
-        f"eval {record['step']}: loss {record['loss']:.4f} | perplexity {record['perplexity']:,.2f}{bits} "
-        f"| {record['targets']:,} targets in {record['seconds']:.1f} s"
-    )
+    return f"loss {record['loss']:.4f} | perplexity {record['perplexity']:,.2f}{bits} | {record['targets']:,} targets"
 
 
 def summary_table(summary: dict) -> str:
@@ -173,6 +193,7 @@ def summary_table(summary: dict) -> str:
                                 f"{summary['ln_vocabulary']:.3f})"),
             ("perplexity", f"{summary['perplexity']:,.2f}"),
             *([("bits per byte", f"{bits:.4f}")] if bits is not None else []),
+            *((f"  {name}", f"{part['loss']:.4f}") for name, part in summary["validation_sets"].items()),
             ("best", f"{summary['best_validation_loss']:.4f} at step {summary['best_step']}"),
         ]  # fmt: skip
     if summary["skipped_steps"]:
@@ -200,6 +221,9 @@ def write_curves(run_dir: Path) -> Path | None:
         axis.plot(steps, values, linewidth=1.2, label="train")
         if key == "loss" and evals:
             axis.plot([r["step"] for r in evals], [r["loss"] for r in evals], "o-", label="validation")
+            for name in dict.fromkeys(name for r in evals for name in r.get("sets", {})):
+                points = [(r["step"], r["sets"][name]["loss"]) for r in evals if name in r.get("sets", {})]
+                axis.plot(*zip(*points, strict=True), "--", linewidth=1, label=name)
             axis.legend()
         axis.set(xlabel="step", ylabel=label)
         axis.grid(alpha=0.3)

@@ -66,13 +66,16 @@ def build_engine(plan: Plan) -> tuple[TrainingEngine, str]:
     model.head.z_loss = run.train.z_loss
     compiled = "off"
     if run.train.compile:
-        failure = compile_blocks(model, plan.layout.micro_batch_size, run.seq_length, DTYPES[plan.precision])
+        failure = compile_blocks(
+            model, plan.layout.micro_batch_size, run.seq_length, DTYPES[plan.precision], run.data.mask_documents
+        )
         failures = [reason for reason in host.gather(failure) if reason is not None]
         if failures:
             for block in model.decoder.blocks:
                 block._compiled_call_impl = None
         compiled = f"fell back to eager: {failures[0]}" if failures else "every block"
-    engine = TrainingEngine(model, run, plan.engine_config, ranks)
+    masked_targets = plan.data.training.ignore_repeated_eod is not None
+    engine = TrainingEngine(model, run, plan.engine_config, ranks, masked_targets)
     check_engine(engine.deepspeed)
     return engine, compiled
 

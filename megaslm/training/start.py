@@ -54,7 +54,7 @@ def find_checkpoint(plan: Plan) -> Checkpoint | None:
                 f"{options.run_dir} holds a run that started {start}; to continue it, leave out --resume weights; "
                 f"to start one from {options.weights_from}, choose another --run_dir"
             )
-        plan.data.training.load_state(state["data"], state["progress"]["samples"])
+        plan.data.training.load_state(state["data"], plan.run.data.first_sample + state["progress"]["samples"])
     return checkpoint
 
 

@@ -89,6 +89,19 @@ def test_token_files_by_name_alone():
     assert load_run_config("quickstart", ["data.train=a", "data.validation=b"]).data.validation == ["b"]
 
 
+def test_validation_sets_may_have_names(tmp_path):
+    def sets(*overrides):
+        return load_run_config("quickstart", ["data.train=a", *overrides]).data.validation_sets
+
+    assert sets() == {}
+    assert sets("data.validation=b") == {"validation": ["b"]}
+    named = 'data.validation={"wiki": "b", "code-1.0": ["c", "d"]}'
+    assert sets(named) == {"wiki": ["b"], "code-1.0": ["c", "d"]}
+    config = load_run_config("quickstart", ["data.train=a", named])
+    save_run_config(config, tmp_path / "run.json")
+    assert load_run_config(str(tmp_path / "run.json")) == config
+
+
 def test_an_existing_tokenizer_brings_its_own_vocabulary():
     config = load_run_config("slm_tiny", ["tokenizer.path=gpt2"])
     assert config.tokenizer.vocab_size is None and config.expected_vocab_size is None
@@ -149,6 +162,12 @@ def test_unknown_keys_name_the_nearest_right_one(override, nearest):
         ("data.input=[3]", "text"),
         ("data.input=3", "a list, each item text"),
         ('data.validation=[{"prefix": "v", "weight": 2}]', "text"),
+        ('data.validation={"a b": "v"}', "the name 'a b' of a set"),
+        ('data.validation={"a": []}', "the set 'a' must be a PREFIX"),
+        ('data.validation={"a": {"b": "v"}}', "the set 'a' must be a PREFIX"),
+        ("data.validation=3", "must be a PREFIX"),
+        ("data.order=megatron-lm", "windows or megatron"),
+        ("data.first_sample=-1", "a whole number >= 0"),
         ("data.split=98", "two or three shares"),
         ("data.split=0,2", "two or three shares"),
         ("name=../x", "must match"),
@@ -169,6 +188,8 @@ def test_wrong_values_name_the_key_the_value_and_what_is_allowed(override, allow
         (["data.seq_length=4096"], "data.seq_length 4096 is longer than model.context_length 1024"),
         (["train.max_steps=null"], "one of train.max_steps, train.max_tokens and train.max_epochs"),
         (["data.validation=v"], "data.validation goes with data.train"),
+        (["data.order=megatron", "train.max_epochs=2"], "give train.max_steps or train.max_tokens instead"),
+        (["data.order=megatron", "checkpoint.every_epoch=true"], "shuffles those of a run together"),
         (["schedule.horizon_steps=100"], "warmup_steps 2000 leaves no step of horizon_steps 100"),
         (["model.rope_scaling_factor=2"], "rope_scaling_factor has no effect"),
         (["tokenizer.type=char", "tokenizer.vocab_size=300"], "has no effect with type char"),

@@ -11,7 +11,7 @@ import pytest
 
 from megaslm.config import list_presets, load_run_config
 from megaslm.training import loop
-from megaslm.training.evaluation import Evaluation
+from megaslm.training.evaluation import Evaluation, MeanLoss
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_KEYS = {"kind", "step", "samples", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "ms_per_step"}
@@ -21,15 +21,22 @@ TRAIN_KEYS = {"kind", "step", "samples", "tokens", "loss", "grad_norm", "lr", "t
 
 
 @pytest.fixture(scope="module")
-def run(preset, pretrain, tmp_path_factory):
+def run(preset, corpus, pretrain, tmp_path_factory):
     """The finished command and its run folder."""
     folder = tmp_path_factory.mktemp("pretrain") / "run"
-    shown = ["eval.interval=10", "eval.sample_tokens=20", "eval.sample_prompt=the cat", "checkpoint.interval=10"]
+    shown = [
+        "eval.interval=10",
+        "eval.max_sequences=20",
+        "eval.sample_tokens=20",
+        "eval.sample_prompt=the cat",
+        "checkpoint.interval=10",
+    ]
+    sets = [f'data.validation={{"seen": "{corpus.prefix}", "twice": ["{corpus.prefix}", "{corpus.prefix}"]}}']
     logs = ["logging.interval=5", "logging.tensorboard=true", "logging.wandb=offline"]
     engine = ["--ds_config", ROOT / "ds_configs" / "zero2.json"]
     # No answer can come from this address: whoever asks the network fails.
     nowhere = {"HTTPS_PROXY": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
-    finished = pretrain("--preset", preset, *engine, "--run_dir", folder, *shown, *logs, ranks=2, env=nowhere)
+    finished = pretrain("--preset", preset, *engine, "--run_dir", folder, *shown, *sets, *logs, ranks=2, env=nowhere)
     assert finished.code == 0, f"{finished.out}\n{finished.err}"
     return finished, folder
 
@@ -86,6 +93,8 @@ def test_metrics_are_one_object_a_line_with_the_promised_keys(run, metrics):
     for record in evals:
         assert record.keys() >= {"kind", "step", "samples", "tokens", "loss", "perplexity", "bits_per_byte"}
         assert record["perplexity"] == pytest.approx(math.exp(record["loss"]))
+        assert record["sets"]["seen"].keys() == {"loss", "perplexity", "bits_per_byte", "targets"}
+        assert record["sets"]["seen"]["targets"] == record["sets"]["twice"]["targets"] == 20 * 32
 
 
 def test_the_run_folder_explains_itself(run):
@@ -102,6 +111,7 @@ def test_the_run_folder_explains_itself(run):
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["steps"] == summary["total_steps"] == 20
     assert summary["validation_loss"] < summary["ln_vocabulary"]
+    assert summary["validation_sets"].keys() == {"seen", "twice"}
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"step_00000010", "step_00000020"}
 
@@ -120,7 +130,8 @@ def test_tensorboard_has_the_loss_and_the_samples(run, metrics):
     events.Reload()
     written = {event.step: event.value for event in events.Scalars("train/loss")}
     assert written == pytest.approx({record["step"]: record["loss"] for record in metrics(run[1])}, rel=1e-6)
-    assert [event.step for event in events.Scalars("eval/loss")] == [10, 20]
+    for name in ("eval/loss", "eval/sets/seen/loss", "eval/sets/twice/perplexity"):
+        assert [event.step for event in events.Scalars(name)] == [10, 20]
     assert events.Tags()["tensors"] == ["sample/text_summary"]
 
 
@@ -228,8 +239,7 @@ def test_a_time_limit_saves_resumes_and_leaves_the_schedule_alone(command, prese
 
 def test_the_best_checkpoint_and_the_last_ones_are_kept(command, preset, monkeypatch, tmp_path):
     losses = iter([3.0, 1.0, 2.0, 2.1, 2.2, 2.3])
-    result = {"targets": 1, "bits_per_byte": None, "seconds": 0.0}
-    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(next(losses), **result))
+    monkeypatch.setattr(loop, "evaluate", lambda *_: Evaluation(MeanLoss(next(losses), 1, None), {}, 0.0))
     many = ["train.max_steps=12", "eval.interval=2", "checkpoint.interval=2", "checkpoint.keep_last=2"]
     finished = command("--preset", preset, "--run_dir", tmp_path, *many)
     assert finished.code == 0, finished.err

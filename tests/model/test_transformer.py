@@ -95,6 +95,57 @@ def test_a_later_token_changes_no_earlier_logit(name):
     assert not torch.allclose(before[:, 9:], after[:, 9:])
 
 
+# Of three rows: lengths of the documents that share them, the last one cut by the end of the row.
+DOCUMENTS = ((5, 4, 7), (16,), (1, 1, 14))
+
+
+def positions_of(rows=DOCUMENTS):
+    return torch.stack([torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths]) for lengths in rows])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_token_changes_no_logit_of_another_document(name):
+    model, (tokens, _) = build(**VARIANTS[name]), batch()
+    changed = tokens.clone()
+    changed[0, 6] = (changed[0, 6] + 1) % 100  # in the second document of the first row
+    with torch.no_grad():
+        before, after = (model(ids, positions_BS=positions_of()) for ids in (tokens, changed))
+    different = (before != after).any(-1)
+    assert different[0, 6:9].all() and different.sum() == 3
+    # Without positions it does, which shows that the test sees it.
+    with torch.no_grad():
+        assert (model(tokens) != model(changed)).any(-1)[0, 9:].all()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_documents_that_share_a_row_are_computed_as_each_by_itself(name):
+    """Logits and, of the summed loss, gradients; recomputed blocks too."""
+    tokens, targets = batch()
+    targets[0, 3] = -100
+    alone, shared = build(**VARIANTS[name]), build(**VARIANTS[name])
+    shared.decoder.activation_checkpointing = True
+    logits = []
+    for row, lengths in enumerate(DOCUMENTS):
+        start = 0
+        for length in lengths:
+            document = (slice(row, row + 1), slice(start, start + length))
+            logits.append(alone(tokens[document])[0])
+            alone(tokens[document], targets[document])[0].backward()
+            start += length
+    found = shared(tokens, positions_BS=positions_of())
+    torch.testing.assert_close(found.flatten(0, 1), torch.cat(logits), rtol=1e-5, atol=1e-5)
+    shared(tokens, targets, positions_of(), 7)[0].backward()
+    for (parameter_name, one), other in zip(alone.named_parameters(), shared.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-5, msg=parameter_name)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_one_document_a_row_is_the_plain_model(name):
+    model, (tokens, _) = build(**VARIANTS[name]), batch()
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, positions_BS=positions_of(((16,),) * 3)), model(tokens))
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_parameter_gets_a_gradient_and_padding_gets_none(name):
     model = build(**VARIANTS[name], init_std=0.1)

@@ -15,7 +15,7 @@ from deepspeed.accelerator import get_accelerator
 from megaslm.config import load_engine_config, load_run_config, resolve_batch, resolve_engine_config
 from megaslm.data import TrainingData, load_tokenizer
 from megaslm.model import LanguageModel, initialize_parameters
-from megaslm.training.batches import step_batches
+from megaslm.training.batches import MicroBatch, StepBatches
 from megaslm.training.engine import TrainingEngine, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,13 +25,16 @@ STAGES = (0, 1, 2, 3)
 class Setting:
     """A model, its data and an engine on them, on one rank."""
 
-    def __init__(self, preset: str, ranks, stage: int, *overrides: str):
+    def __init__(self, preset: str, ranks, stage: int, *overrides: str, masked_targets: bool = False):
         run = load_run_config(preset, overrides)
         vocab_size = load_tokenizer(run.tokenizer.path).vocab_size
         self.run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": vocab_size})})
         self.ranks, self.samples = ranks, 0
         self.layout = resolve_batch(run.train.global_batch_size, run.train.micro_batch_size, 1)
-        self.data = TrainingData([(run.data.train[0].prefix, 1.0)], run.seq_length, run.train.seed, run.data.split)
+        self.data = TrainingData(
+            [(run.data.train[0].prefix, 1.0)], run.seq_length, run.train.seed, run.data.split,
+            mask_documents=run.data.mask_documents,
+        )  # fmt: skip
         self.bare = LanguageModel(self.run.model)
         initialize_parameters(self.bare, self.run.model, run.train.seed)
         engine_config = resolve_engine_config(
@@ -41,14 +44,15 @@ class Setting:
             batch=self.layout,
             data_parallel_size=1,
         )
-        self.engine = TrainingEngine(copy.deepcopy(self.bare), self.run, engine_config, ranks)
+        self.engine = TrainingEngine(copy.deepcopy(self.bare), self.run, engine_config, ranks, masked_targets)
 
     def step(self, lr: float = 1e-3) -> float:
         """One step of the engine; its mean loss."""
-        batch = self.run.train.global_batch_size
-        losses = self.engine.train_step(step_batches(self.data, self.samples, self.layout, self.ranks), lr)
-        self.samples += batch
-        return losses.item() / (batch * self.run.seq_length)
+        with StepBatches(self.data, self.layout, self.ranks, self.samples, steps=1) as batches:
+            losses, targets = self.engine.train_step(batches.next(), lr).tolist()
+        assert targets == self.run.tokens_per_step
+        self.samples += self.run.train.global_batch_size
+        return losses / targets
 
     def weights(self) -> dict[str, torch.Tensor]:
         model = self.engine.model
@@ -65,7 +69,7 @@ def test_the_gradient_is_that_of_the_mean_over_the_global_batch(preset, ranks, s
     options = {"betas": run.optimizer.betas, "eps": run.optimizer.eps}
     optimizer = torch.optim.AdamW(parameter_groups(bare, run.optimizer.weight_decay), lr=1e-3, **options)
     for step in range(3):
-        windows = torch.from_numpy(setting.data.batch(step * 8, 8).astype("int64"))
+        windows = torch.from_numpy(setting.data.batch(step * 8, 8).tokens.astype("int64"))
         loss = F.cross_entropy(bare(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -79,6 +83,40 @@ def test_the_gradient_is_that_of_the_mean_over_the_global_batch(preset, ranks, s
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("micro_batch_size", [8, 4, 2])
+def test_masked_targets_count_neither_in_the_loss_nor_in_its_divisor(preset, ranks, stage, micro_batch_size):
+    """Padding is unevenly spread over the micro-batches: a mean of means would be another gradient."""
+    options = f"train.micro_batch_size={micro_batch_size}", "optimizer.eps=1e-3", "optimizer.gradient_clipping=0"
+    setting = Setting(preset, ranks, stage, *options, masked_targets=True)
+    windows = torch.from_numpy(setting.data.batch(0, 8).tokens.astype("int64"))
+    tokens, targets = windows[:, :-1], windows[:, 1:].clone()
+    for row in range(8):
+        targets[row, 32 - row**2 // 2 :] = -100
+    F.cross_entropy(setting.bare(tokens).flatten(0, 1), targets.flatten()).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in setting.bare.parameters()])
+    _, expected = setting.bare(tokens, targets)
+    batches = zip(tokens.split(micro_batch_size), targets.split(micro_batch_size), strict=True)
+    losses, count = setting.engine.train_step([MicroBatch(*batch, None, None) for batch in batches], 1e-3).tolist()
+    assert count == (targets != -100).sum()
+    assert losses == pytest.approx(expected.item(), rel=1e-6)
+    assert setting.engine.grad_norm == pytest.approx(norm.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_documents_reach_the_model_through_the_engine(preset, ranks, stage):
+    setting = Setting(preset, ranks, stage, "data.mask_documents=true")
+    setting.engine.model.decoder.activation_checkpointing = True
+    windows, positions = setting.data.batch(0, 8)
+    windows, positions = torch.from_numpy(windows.astype("int64")), torch.from_numpy(positions)
+    assert (positions == 0).sum() > 8, "no document ends inside of a window"
+    _, loss = setting.bare(windows[:, :-1], windows[:, 1:], positions)
+    found = setting.step()
+    assert found == pytest.approx(loss.item() / (8 * 32), rel=1e-6)
+    _, unmasked = setting.bare(windows[:, :-1], windows[:, 1:])
+    assert found != pytest.approx(unmasked.item() / (8 * 32), rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_gradient_clipping_zero_is_off(preset, ranks, stage):
     """AdamW's first update does not depend on the gradient's size, its second does: only without clipping are they
     those of the bare loop, whose norms lie above 1, DeepSpeed's own default."""
@@ -87,7 +125,7 @@ def test_gradient_clipping_zero_is_off(preset, ranks, stage):
     options = {"betas": setting.run.optimizer.betas, "eps": 1e-3}
     optimizer = torch.optim.AdamW(parameter_groups(bare, setting.run.optimizer.weight_decay), lr=1e-3, **options)
     for step in range(2):
-        windows = torch.from_numpy(setting.data.batch(step * 8, 8).astype("int64"))
+        windows = torch.from_numpy(setting.data.batch(step * 8, 8).tokens.astype("int64"))
         optimizer.zero_grad()
         F.cross_entropy(bare(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten()).backward()
         assert torch.nn.utils.get_total_norm([p.grad for p in bare.parameters()]) > 1.5

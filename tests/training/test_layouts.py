@@ -25,15 +25,21 @@ LAYOUTS = {
     "zero3 recomputed": (3, ["train.activation_checkpointing=true"]),
 }
 REFERENCE = "zero0"
+# Padding and documents, on a packed file: compared with each other.
+PACKED = {
+    "packed": (1, ["data.mask_documents=true"]),
+    "packed, smallest micro-batch": (3, ["data.mask_documents=true", "train.micro_batch_size=1"]),
+}
 
 
 @pytest.fixture(scope="module")
-def runs(preset, pretrain_in_turn, tmp_path_factory) -> dict[tuple[int, str], Path]:
+def runs(preset, packed, pretrain_in_turn, tmp_path_factory) -> dict[tuple[int, str], Path]:
     """Run folders of 20 steps by (ranks, layout)."""
     folders = {}
     for ranks in (1, 2):
         commands = []
-        for name, (stage, overrides) in LAYOUTS.items():
+        of_packed = {name: (stage, [*o, f"data.train={packed}"]) for name, (stage, o) in PACKED.items()}
+        for name, (stage, overrides) in (LAYOUTS | of_packed).items():
             folder = folders[ranks, name] = tmp_path_factory.mktemp(f"layout_{ranks}") / "run"
             engine = ["--ds_config", ROOT / "ds_configs" / f"zero{stage}.json"]
             commands.append({"arguments": ["--preset", preset, *engine, "--run_dir", folder, *overrides]})
@@ -50,6 +56,15 @@ def test_every_layout_gives_the_same_losses_and_gradient_norms(runs, metrics, ra
     assert [record["step"] for record in found] == list(range(1, 21))
     for key in ("loss", "grad_norm"):
         assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], rel=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "name"), [(2, "packed"), (2, "packed, smallest micro-batch")])
+def test_padding_and_documents_give_the_same_numbers_in_every_layout(runs, metrics, ranks, name):
+    """Every rank and micro-batch has another number of targets that are not padding."""
+    for kind, keys in (("train", ("loss", "grad_norm")), ("eval", ("loss", "bits_per_byte", "targets"))):
+        expected, found = metrics(runs[1, "packed"], kind), metrics(runs[ranks, name], kind)
+        for key in keys:
+            assert [r[key] for r in found] == pytest.approx([r[key] for r in expected], rel=1e-5)
 
 
 def test_the_reference_run_clips_and_learns(runs, metrics):

@@ -189,14 +189,15 @@ def test_retention_of_a_run(run, steps_of, metrics, tmp_path):
 
 
 def test_the_end_of_each_epoch_is_kept(run, steps_of, corpus, tmp_path):
-    """An epoch of some 30 samples, which the batch of 8 does not divide: a step completes one on its way."""
-    length = 1024
+    """An epoch of some 30 samples, which the batch of 8 does not divide: a step completes one on its way. The first
+    samples were those of another run."""
+    length, before = 1024, 20
     finished = run(
         *(f"data.seq_length={length}", f"model.context_length={length}", "model.num_layers=1", "train.max_steps=14"),
-        *("checkpoint.every_epoch=true", "checkpoint.keep_last=1"),
+        *("checkpoint.every_epoch=true", "checkpoint.keep_last=1", f"data.first_sample={before}"),
     )
     per_epoch = TrainingData([(corpus.prefix, 1.0)], length, seed=0, split="95,5").samples_per_epoch
-    ends = {-(-per_epoch * epoch // 8): epoch for epoch in range(1, 14 * 8 // per_epoch + 1)}
+    ends = {-((before - per_epoch * epoch) // 8): epoch for epoch in range(1, (before + 14 * 8) // per_epoch + 1)}
     assert len(ends) >= 2 and per_epoch % 8 and 14 not in ends
     folder = tmp_path / "run" / "checkpoints"
     marks = {step: open_checkpoint(folder / f"step_{step:08d}").manifest["marks"]["epoch"] for step in steps_of()}

@@ -16,7 +16,11 @@ FAMILIES = {
 }
 
 
-def losses_and_gradients(ops, config, dtype, checkpointing=False):
+# Three documents in each row.
+POSITIONS = torch.arange(12, dtype=torch.int32).remainder(5).repeat(2, 1)
+
+
+def losses_and_gradients(ops, config, dtype, checkpointing=False, positions=None):
     model = build_model(config, seed=3, ops=ops)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # norm weights of one would hide a missing factor
@@ -28,23 +32,25 @@ def losses_and_gradients(ops, config, dtype, checkpointing=False):
     tokens = torch.arange(24).view(2, 12) * 7 % 40
     targets = tokens.roll(1)
     targets[0, :3] = -100
-    objective, loss = model(tokens, targets)
+    objective, loss = model(tokens, targets, positions)
     objective.backward()
     model.eval()
     with torch.no_grad():
-        evaluated = model(tokens, targets)[1]
-        logits = model(tokens)
+        evaluated = model(tokens, targets, positions)[1]
+        logits = model(tokens, positions_BS=positions)
     assert torch.equal(evaluated, loss)
     return objective.detach(), logits.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize(
+    "checkpointing, positions", [(False, None), (True, POSITIONS)], ids=["", "checkpointing, documents"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_on_the_kernels_is_the_reference(family, checkpointing):
+def test_a_model_on_the_kernels_is_the_reference(family, checkpointing, positions):
     config = ModelConfig(**SIZES | FAMILIES[family])
     assert select_backend("auto", torch.device("cpu")) is TRITON  # the interpreter serves CPU tensors
-    ours = losses_and_gradients(TRITON, config, torch.float32, checkpointing)
-    theirs = losses_and_gradients(REFERENCE, config, torch.float32)
+    ours = losses_and_gradients(TRITON, config, torch.float32, checkpointing, positions)
+    theirs = losses_and_gradients(REFERENCE, config, torch.float32, positions=positions)
     torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
     assert all(gradient.any() for gradient in ours[2].values())
 

@@ -1,0 +1,29 @@
+"""A packed token file, as tools/preprocess_data.py makes them."""
+
+import numpy as np
+import pytest
+
+from megaslm.data import TokenFile, TokenFileWriter, load_tokenizer
+
+PADDING = 1  # stands for the end-of-document token, which a character tokenizer has none of
+
+
+@pytest.fixture(scope="session")
+def packed(corpus, tmp_path_factory) -> str:
+    """PREFIX of 96 bins of 33 tokens, two documents and from none to 24 tokens of padding in each."""
+    prefix = str(tmp_path_factory.mktemp("packed") / "tokens")
+    tokens, tokenizer = TokenFile(corpus.prefix).tokens, load_tokenizer(corpus.tokenizer)
+    with TokenFileWriter(prefix, tokenizer.vocab_size, tokenizer.fingerprint, boundaries=True) as writer:
+        padding = 0
+        for number in range(96):
+            first, second, fill = 4, 29 - number % 25, number % 25
+            document = np.array(tokens[33 * number : 33 * number + first + second])
+            document[[first - 1, -1]] = PADDING
+            writer.add_tokens(np.append(document, np.full(fill, PADDING, document.dtype)))
+            pieces = [first, second, *([fill] if fill else [])]
+            writer.add_sequences(np.array(pieces))
+            writer.add_documents(np.array([len(pieces)]))
+            padding += fill
+        packing = {"length": 33, "bins": 96, "padding": padding, "eod_id": PADDING}
+        writer.finish(packing=packing)
+    return prefix
