@@ -1,5 +1,7 @@
 """A tiny corpus, a tiny run on it, and the ways to start one: in this process, as a command, as several ranks."""
 
+import contextlib
+import itertools
 import json
 import os
 import random
@@ -28,6 +30,7 @@ SEVERAL_COMMANDS = ROOT / "tests" / "launch" / "several_commands.py"
 ZERO = {stage: ROOT / "ds_configs" / f"zero{stage}.json" for stage in range(4)}
 # What a launcher, or a test of this process, leaves in the environment.
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PORTS = itertools.count(random.SystemRandom().randrange(12_000, 30_000))
 # Of the metrics, what the clock and the memory of a process decide.
 MEASURED = ("tokens_per_s", "ms_per_step", "tflops", "tflops_causal", "memory_bytes", "seconds")
 
@@ -165,6 +168,12 @@ def command(ranks, monkeypatch, capfd):
     return run
 
 
+@pytest.fixture(scope="session", name="free_port")
+def _free_port():
+    """free_port() -> a port of this machine that nobody listens on."""
+    return free_port
+
+
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     """Of a command as a user starts it."""
@@ -288,6 +297,9 @@ def _as_one_rank(patch: pytest.MonkeyPatch) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Below the ports that the system gives to connections: those of other tests could take it before it is used."""
+    while True:
+        port = next(PORTS)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port

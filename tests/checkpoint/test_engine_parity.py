@@ -5,7 +5,6 @@ The ranks are processes over gloo (engine_worker.py). Each launch goes through m
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -39,14 +38,11 @@ CHAINS_BF16 = [("z1_bf16_fp32_accumulation", "z3_bf16", "z2_bf16_offload"), ("z3
 CHAINS = CHAINS_FP32 + CHAINS_BF16
 
 
-def launch(world_size: int, directory: Path, tasks: list) -> dict:
+def launch(world_size: int, directory: Path, port: int, tasks: list) -> dict:
     """Run engine_worker.py on some ranks and return rank 0's findings by task."""
     output = directory / f"{world_size}.json"
     job = directory / "job.json"
     job.write_text(json.dumps({"directory": str(directory), "output": str(output), "tasks": tasks}))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     env = os.environ | {
         "WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
@@ -73,15 +69,15 @@ def launch(world_size: int, directory: Path, tasks: list) -> dict:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
+def found(tmp_path_factory, free_port) -> dict:
     """Findings of three launches: {"two": ..., "one": ..., "two_again": ...}."""
     directory = tmp_path_factory.mktemp("checkpoints")
     alone = [[task, layout] for layout in ("z0", "z1", "z3") for task in ("weights_alone", "before_first_step")]
-    two = launch(2, directory, [["same_layout", layout] for layout in LAYOUTS] + alone + [["failures"]])
+    two = launch(2, directory, free_port(), [["same_layout", layout] for layout in LAYOUTS] + alone + [["failures"]])
     first = [["chain", f"{a}_2/step_00000003", b, 3, 5] for a, b, _ in CHAINS]
-    one = launch(1, directory, [["same_layout", layout] for layout in ONE_RANK] + [["failures"]] + first)
+    one = launch(1, directory, free_port(), [["same_layout", layout] for layout in ONE_RANK] + [["failures"]] + first)
     second = [["chain", f"{a}_2-{b}_1/step_00000005", c, 5, 6] for a, b, c in CHAINS]
-    return {"two": two, "one": one, "two_again": launch(2, directory, second)}
+    return {"two": two, "one": one, "two_again": launch(2, directory, free_port(), second)}
 
 
 def values(losses: list[str]) -> list[float]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from importlib.metadata import version
@@ -148,11 +147,9 @@ for path, precision, dtype in (
 """
 
 
-def test_deepspeed_trains_two_steps_with_every_shipped_file_and_precision():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def test_deepspeed_trains_two_steps_with_every_shipped_file_and_precision(free_port):
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", **address}
     files = [str(path) for path in sorted((ROOT / "ds_configs").glob("*.json"))]
     done = subprocess.run(
         [sys.executable, "-c", STEPS, *files],

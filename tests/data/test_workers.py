@@ -78,7 +78,7 @@ def test_interrupts_while_workers_are_stopped(source, bpe, tmp_path, monkeypatch
             list(processes.encode(source.units(), "huggingface", tmp_path))
     assert time.monotonic() - started < 5
     assert not any(worker._process.is_alive() for worker in processes._workers)
-    assert not any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
+    assert not any(thread.is_alive() for thread in processes._threads._threads)
 
 
 def test_signals_are_held_and_not_lost():
