@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -213,7 +214,11 @@ def run_loader(arguments: argparse.Namespace, folder: Path) -> dict:
 
 def run_coverage(arguments: argparse.Namespace, folder: Path) -> dict:
     """An epoch under 1 to 8 data-parallel ranks, every step of it by a process that has just resumed there."""
+    from megaslm.config import BatchLayout
+    from megaslm.training import first_samples
+
     seq_length, micro, accumulation = 16, 5, 2
+    layout = BatchLayout(micro, accumulation)
     with TokenFileWriter(folder / "places", 2**31) as writer:
         lengths = np.random.default_rng(0).integers(1, 200, 150)
         writer.extend_flat(np.arange(lengths.sum()), lengths)  # a token is its place
@@ -230,8 +235,8 @@ def run_coverage(arguments: argparse.Namespace, folder: Path) -> dict:
             data = open_data()
             data.load_state(json.loads(state), consumed)
             for rank in range(ranks):
-                for m in range(accumulation):
-                    first = consumed + (m * ranks + rank) * micro
+                one = SimpleNamespace(data_parallel_rank=rank, data_parallel_size=ranks)
+                for first in first_samples(consumed, layout, one):
                     tokens = data.batch(first, micro).tokens[: max(0, windows - first)]
                     assert (np.diff(tokens) == 1).all(), "a window is not one stretch of tokens"
                     places += tokens[:, 0].tolist()

@@ -79,6 +79,14 @@ class Assembly:
         """Whether the stream must have a key for each document's text."""
         return self.dedup or self.split is not None
 
+    def check_padding(self, eod_id: int | None) -> None:
+        """UserError if documents are to be packed and there is nothing to fill sequences up with."""
+        if self.pack is not None and eod_id is None:
+            raise UserError(
+                "packing fills sequences up with end-of-document tokens: the tokenizer needs one, and it must be "
+                "appended"
+            )
+
     def prefixes(self, prefix: str) -> list[str]:
         """PREFIX of each output: PREFIX_train, PREFIX_validation and PREFIX_test of a split, else PREFIX."""
         return [prefix] if self.split is None else list(split_prefixes(prefix, self.split).values())
@@ -113,10 +121,7 @@ def assemble(
     The caller holds the `output_lock` of the one output; those of a split are locked here. UserError if a part of the
     split is empty, or a disk refuses.
     """
-    if assembly.pack is not None and eod_id is None:
-        raise UserError(
-            "packing fills sequences up with end-of-document tokens: the tokenizer needs one, and it must be appended"
-        )
+    assembly.check_padding(eod_id)
     work = stream.tokens_path.parent
     folder = work / "assembly"
     with work_errors(work), contextlib.ExitStack() as stack:

@@ -160,11 +160,7 @@ class _Build:
         self.folder = Path(f"{prefix}{WORK_SUFFIX}")
         self.outputs = options.assembly.prefixes(prefix)
         self.eod_id = tokenizer.eod_id if options.append_eod else None
-        if options.assembly.pack is not None and self.eod_id is None:  # not after hours
-            raise UserError(
-                "packing fills sequences up with end-of-document tokens: the tokenizer needs one, and it must be "
-                "appended"
-            )
+        options.assembly.check_padding(self.eod_id)  # now, and not after hours
         self.chosen: ChosenEncoder | None = None  # once `encode` has seen a sample
         self.rules = UnitRules(
             eod_id=self.eod_id,

@@ -1,6 +1,6 @@
 """Training: the engine, the loop, schedules, metrics, evaluation."""
 
-from megaslm.training.batches import MicroBatch, StepBatches
+from megaslm.training.batches import MicroBatch, StepBatches, first_samples
 from megaslm.training.device import preferred_precision
 from megaslm.training.engine import TrainingEngine, build_optimizer
 from megaslm.training.preparation import Options, prepare_data
@@ -18,6 +18,7 @@ __all__ = [
     "TrainingEngine",
     "build_optimizer",
     "environment",
+    "first_samples",
     "format_count",
     "learning_rate",
     "preferred_precision",

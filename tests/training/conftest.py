@@ -1,9 +1,14 @@
-"""A packed token file, as tools/preprocess_data.py makes them."""
+"""A packed token file, as tools/preprocess_data.py makes them, and a run in this process that is told to stop."""
+
+import contextlib
+import os
+import signal
 
 import numpy as np
 import pytest
 
 from megaslm.data import TokenFile, TokenFileWriter, load_tokenizer
+from megaslm.training import TrainingEngine
 
 PADDING = 1  # stands for the end-of-document token, which a character tokenizer has none of
 
@@ -27,3 +32,24 @@ def packed(corpus, tmp_path_factory) -> str:
         packing = {"length": 33, "bins": 96, "padding": padding, "eod_id": PADDING}
         writer.finish(packing=packing)
     return prefix
+
+
+@pytest.fixture
+def stopped_at_step(monkeypatch):
+    """`with stopped_at_step(5): ...`: SIGTERM to this process as its fifth step begins."""
+
+    @contextlib.contextmanager
+    def stopped(step: int):
+        train_step, seen = TrainingEngine.train_step, []
+
+        def counted(engine, *batch):
+            seen.append(engine)
+            if len(seen) == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return train_step(engine, *batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TrainingEngine, "train_step", counted)
+            yield
+
+    return stopped

@@ -1,7 +1,5 @@
 """data.order, data.mask_documents, named validation sets and packed files, from the command to the numbers."""
 
-import os
-import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +12,6 @@ from megaslm.config import load_run_config
 from megaslm.data import TrainingData, ValidationData, load_tokenizer
 from megaslm.model import LanguageModel, initialize_parameters
 from megaslm.training import report
-from megaslm.training.engine import TrainingEngine
 
 
 def bare_model(preset: str, run_dir=None) -> LanguageModel:
@@ -109,7 +106,7 @@ def test_named_validation_sets_are_reported_one_by_one(command, preset, corpus, 
     assert plain["loss"] == sets["own"]["loss"] and "sets" not in plain
 
 
-def test_a_run_in_megatrons_order_is_continued_exactly(command, preset, numbers, monkeypatch, tmp_path):
+def test_a_run_in_megatrons_order_is_continued_exactly(command, preset, numbers, stopped_at_step, tmp_path):
     arguments = ["--preset", preset, "data.order=megatron", "logging.interval=3", "train.max_steps=10", "--run_dir"]
     assert command(*arguments, tmp_path / "whole").code == 0
     (step,) = (tmp_path / "whole" / "checkpoints").iterdir()
@@ -118,16 +115,7 @@ def test_a_run_in_megatrons_order_is_continued_exactly(command, preset, numbers,
         command("--preset", preset, "logging.interval=3", "train.max_steps=10", "--run_dir", tmp_path / "w").code == 0
     )
     assert numbers(tmp_path / "whole")[0]["loss"] != numbers(tmp_path / "w")[0]["loss"]
-    with monkeypatch.context() as patch:
-        train_step, seen = TrainingEngine.train_step, []
-
-        def stopped(engine, *batch):
-            seen.append(engine)
-            if len(seen) == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return train_step(engine, *batch)
-
-        patch.setattr(TrainingEngine, "train_step", stopped)
+    with stopped_at_step(5):
         assert "stopped by SIGTERM at step 5 of 10" in command(*arguments, tmp_path / "cut").out
     # A run of so many epochs would have had another first half.
     message = command(*arguments, tmp_path / "cut", "train.max_steps=5000").message()

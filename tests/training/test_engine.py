@@ -2,8 +2,6 @@
 
 import copy
 import math
-import os
-import signal
 from pathlib import Path
 
 import deepspeed
@@ -191,7 +189,9 @@ FP16 = {
 }
 
 
-def test_fp16_scales_the_loss_and_resumes_bit_for_bit(command, preset, metrics, monkeypatch, tmp_path, write_json):
+def test_fp16_scales_the_loss_and_resumes_bit_for_bit(
+    command, preset, metrics, monkeypatch, stopped_at_step, tmp_path, write_json
+):
     # DeepSpeed asks for AVX512-FP16, since torch is slow without; it computes all the same.
     monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
     engine = write_json("fp16.json", FP16)
@@ -199,16 +199,7 @@ def test_fp16_scales_the_loss_and_resumes_bit_for_bit(command, preset, metrics, 
     whole = command(*arguments, tmp_path / "whole")
     assert whole.code == 0, whole.err
 
-    with monkeypatch.context() as patch:
-        train_step, seen = TrainingEngine.train_step, []
-
-        def stopped(engine, *batch):
-            seen.append(engine)
-            if len(seen) == 13:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return train_step(engine, *batch)
-
-        patch.setattr(TrainingEngine, "train_step", stopped)
+    with stopped_at_step(13):
         assert "stopped by SIGTERM at step 13 of 24" in command(*arguments, tmp_path / "cut").out
     assert "at step 13" in command(*arguments, tmp_path / "cut").out
 
