@@ -4,7 +4,13 @@ Depends on torch and triton only and knows nothing of megaslm. Every op takes an
 and rounds once at each store. `select_backend` gives the ops of one backend as an `Ops`.
 """
 
-from megaslm_kernels.attention import Documents, causal_attention, find_documents, separates_by_flash
+from megaslm_kernels.attention import (
+    Documents,
+    attention_to_cache,
+    causal_attention,
+    find_documents,
+    separates_by_flash,
+)
 from megaslm_kernels.backends import REFERENCE, TRITON, BackendUnavailable, Ops, select_backend, triton_obstacle
 from megaslm_kernels.cross_entropy import IGNORE_INDEX
 
@@ -15,6 +21,7 @@ __all__ = [
     "Ops",
     "REFERENCE",
     "TRITON",
+    "attention_to_cache",
     "causal_attention",
     "find_documents",
     "select_backend",

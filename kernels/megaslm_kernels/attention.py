@@ -60,6 +60,20 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | Non
     return y.transpose(1, 2)
 
 
+def attention_to_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of queries [B, S, H, D] to keys and values [B, K, T, D], which lie head by head, [B, S, H, D].
+
+    The G = H / K query heads that share a key head are rows of one product: no key or value is copied, whatever the
+    backend knows of grouped heads.
+    mask: [B or 1, 1, G S, T] or what broadcasts to it, added to the scores; its rows are all S of the first head of a
+        group, then those of the next. None: every query sees every key.
+    """
+    length, kv_heads = q.size(1), k.size(1)
+    rows = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
+    return y.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
 def _flash_within_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
     """Flash attention over sequences of variable lengths: the op under torch.nn.attention.varlen, whose own signature
     changes from version to version of torch, which this one's does not. Grouped heads and strides are its own."""

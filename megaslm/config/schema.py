@@ -65,10 +65,14 @@ class ModelConfig(Section):
     """Base of the rotary frequencies."""
     rope_fraction: float = Field(1.0, gt=0, le=1)
     """Fraction of each head that is rotated (GPT-NeoX uses 0.25)."""
-    rope_scaling: Literal["none", "linear", "ntk"] = "none"
-    """Stretching of the rotary positions: linear divides the positions, ntk raises theta."""
+    rope_scaling: Literal["none", "linear", "ntk", "yarn", "llama3"] = "none"
+    """Stretching of the rotary positions: linear divides the positions, ntk raises theta, yarn (arXiv:2309.00071) and
+    llama3 (Llama 3.1) divide the slow channels and keep the fast ones."""
     rope_scaling_factor: float = Field(1.0, ge=1)
     """Factor of rope_scaling: 2 doubles the reach."""
+    rope_original_context: int | None = Field(None, ge=1)
+    """Tokens of the context before it was stretched, by which yarn and llama3 tell slow channels from fast ones.
+    None: context_length / rope_scaling_factor for these two."""
     feed_forward: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
     """Feed-forward layer: gated SiLU, exact GELU, or GELU by tanh (as in GPT-2)."""
     parallel_residual: bool = False
@@ -112,9 +116,19 @@ class ModelConfig(Section):
                 f"head_dim {self.head_dim} x rope_fraction {self.rope_fraction} must be an even number of channels"
             )
         if self.rope_scaling == "none" and self.rope_scaling_factor != 1.0:
-            raise ValueError("rope_scaling_factor has no effect with rope_scaling none; choose linear or ntk")
+            raise ValueError(
+                "rope_scaling_factor has no effect with rope_scaling none; choose linear, ntk, yarn or llama3"
+            )
         if self.position == "learned" and self.rope_scaling != "none":
             raise ValueError("rope_scaling has no effect with learned positions")
+        if self.rope_scaling in ("yarn", "llama3"):
+            if self.rope_original_context is None:
+                context = max(1, int(self.context_length / self.rope_scaling_factor))
+                self.__dict__["rope_original_context"] = context
+        elif self.rope_original_context is not None:
+            raise ValueError(f"rope_original_context has no effect with rope_scaling {self.rope_scaling}")
+        if self.rope_scaling == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"rope_scaling yarn needs a rope_theta above 1, not {self.rope_theta:g}")
         return self
 
 

@@ -1,10 +1,12 @@
 """The network, its initial weights and its cost. Plain PyTorch, no ranks, no devices."""
 
+from megaslm.model.context import STRETCH_METHODS, stretch_context, stretch_positions
 from megaslm.model.flops import count_parameters, flops_per_token
 from megaslm.model.initialization import build_model, initial_value, initialize_parameters
 from megaslm.model.transformer import Block, Decoder, LanguageModel, LanguageModelHead
 
 __all__ = [
+    "STRETCH_METHODS",
     "Block",
     "Decoder",
     "LanguageModel",
@@ -14,4 +16,6 @@ __all__ = [
     "flops_per_token",
     "initial_value",
     "initialize_parameters",
+    "stretch_context",
+    "stretch_positions",
 ]

@@ -1,7 +1,7 @@
 """The network: one pre-norm decoder whose switches make it a llama, qwen3, gpt2 or gpt_neox.
 
 - grouped-query attention through PyTorch's scaled_dot_product_attention, head size free of the width
-- rotary (theta, fraction, linear and NTK scaling) or learned positions; optional RMS norm of queries and keys
+- rotary (theta, fraction, scaling: see rotary.py) or learned positions; optional RMS norm of queries and keys
 - SwiGLU or GELU feed-forward; sequential or parallel residual; biases or none; tied or untied output head
 - packed query/key/value and gate/up projections: fewer, larger matrix products and fewer parameters to manage
 - a head that computes the loss itself, in chunks, so that full logits never exist in training
@@ -14,7 +14,7 @@ Shapes: B batch, S sequence, H query heads, K key/value heads, D head size, E wi
 V padded vocabulary, N = B S rows, R rotated channels of a head.
 """
 
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megaslm.config import ModelConfig
+from megaslm.model.rotary import Rotary, RotaryTable
 
 
 class RMSNorm(nn.Module):
@@ -60,55 +61,20 @@ def empty_embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
-class Rotary(NamedTuple):
-    """What queries and keys are rotated by: cos and sin [S, R/2], whose rows are positions, and those of the tokens."""
+class LayerCache(Protocol):
+    """Keys and values that one block has computed."""
 
-    cos: Tensor
-    sin: Tensor
-    positions_BS: Tensor | None
+    def attend(self, q_BSHD: Tensor, k_BSKD: Tensor, v_BSKD: Tensor) -> Tensor:
+        """Keep `k` and `v`, and give the attention of `q` to all that is kept, causally: [B, S, H, D]."""
 
 
-class RotaryTable(nn.Module):
-    """cos and sin of position x frequency, [context, R/2], fp32 whatever the parameters' type.
+class Cache(Protocol):
+    """What the network has computed of the tokens before these, for generation (megaslm.generation.KeyValueCache)."""
 
-    Frequencies theta^(-2i/R) (RoFormer, arXiv:2104.09864). Scaling by a factor f: `linear` divides the positions by f
-    (arXiv:2306.15595); `ntk` keeps the fast channels and slows the slow ones, theta f^(R/(R-2)).
-    """
+    layers: list[LayerCache]
 
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        pairs = int(config.head_dim * config.rope_fraction) // 2
-        self.register_buffer("cos", torch.empty(config.context_length, pairs), persistent=False)
-        self.register_buffer("sin", torch.empty(config.context_length, pairs), persistent=False)
-        self.fill()
-
-    def fill(self) -> None:
-        """Compute the table, in fp64, once it has memory."""
-        if self.cos.is_meta:
-            return
-        config = self.config
-        rotated = 2 * self.cos.size(1)
-        theta, positions = config.rope_theta, torch.arange(config.context_length, dtype=torch.float64)
-        if config.rope_scaling == "linear":
-            positions = positions / config.rope_scaling_factor
-        elif config.rope_scaling == "ntk":
-            theta = theta * config.rope_scaling_factor ** (rotated / max(rotated - 2, 1))
-        frequencies = theta ** (-torch.arange(0, rotated, 2, dtype=torch.float64) / rotated)
-        angles = torch.outer(positions, frequencies)
-        self.cos.copy_(angles.cos())
-        self.sin.copy_(angles.sin())
-
-    def _apply(self, fn, recurse=True):
-        """Follow the model to another device, not to another type: in bf16, far positions would share their angles."""
-        super()._apply(fn, recurse)
-        if self.cos.dtype != torch.float32:
-            self.cos, self.sin = (torch.empty_like(table, dtype=torch.float32) for table in (self.cos, self.sin))
-            self.fill()
-        return self
-
-    def forward(self, length: int, positions_BS: Tensor | None = None) -> Rotary:
-        return Rotary(self.cos[:length], self.sin[:length], positions_BS)
+    def extend(self, length: int) -> tuple[int, Tensor | None]:
+        """Make room for `length` more tokens: their first position, and where rows differ the positions [B, S]."""
 
 
 class QueryKeyNorm(nn.Module):
@@ -144,7 +110,9 @@ class Attention(nn.Module):
         self.qk_norm = QueryKeyNorm(self.head_dim, config.norm_eps, ops) if config.qk_norm else None
         self.ops = ops
 
-    def forward(self, x_BSE: Tensor, rotary: Rotary | None, documents: Documents | None) -> Tensor:
+    def forward(
+        self, x_BSE: Tensor, rotary: Rotary | None, documents: Documents | None, cache: LayerCache | None = None
+    ) -> Tensor:
         qkv = self.qkv(x_BSE).unflatten(-1, (-1, self.head_dim))
         kv_heads = qkv.size(2) // (self.queries_per_kv + 2)
         q_BSHD, k_BSKD, v_BSKD = qkv.split((kv_heads * self.queries_per_kv, kv_heads, kv_heads), dim=2)
@@ -152,6 +120,8 @@ class Attention(nn.Module):
             q_BSHD, k_BSKD = self.qk_norm(q_BSHD, k_BSKD, rotary)
         elif rotary is not None:
             q_BSHD, k_BSKD = self.ops.rotary(q_BSHD, k_BSKD, *rotary)
+        if cache is not None:
+            return self.out(cache.attend(q_BSHD, k_BSKD, v_BSKD).flatten(2))
         return self.out(causal_attention(q_BSHD, k_BSKD, v_BSKD, documents).flatten(2))
 
 
@@ -196,10 +166,15 @@ class Block(nn.Module):
         self.feed_forward = SwiGLU(config, ops) if config.feed_forward == "swiglu" else GELUFeedForward(config)
 
     def forward(
-        self, x_BSE: Tensor, branch_BSE: Tensor | None, rotary: Rotary | None, documents: Documents | None
+        self,
+        x_BSE: Tensor,
+        branch_BSE: Tensor | None,
+        rotary: Rotary | None,
+        documents: Documents | None,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Tensor]:
         x_BSE, normed_BSE = self.attention_norm(x_BSE, branch_BSE)
-        attended_BSE = self.attention(normed_BSE, rotary, documents)
+        attended_BSE = self.attention(normed_BSE, rotary, documents, cache)
         if self.parallel_residual:
             _, normed_BSE = self.feed_forward_norm(x_BSE)
             return x_BSE, attended_BSE + self.feed_forward(normed_BSE)
@@ -223,25 +198,33 @@ class Decoder(nn.Module):
         self.norm = build_norm(config, ops)
 
     def forward(
-        self, tokens_BS: Tensor, positions_BS: Tensor | None = None, num_documents: int | None = None
+        self,
+        tokens_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        num_documents: int | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Hidden states [B, S, E] after the last norm, of token ids [B, S] with S <= context_length.
 
-        positions_BS, num_documents: as in `LanguageModel.forward`.
+        positions_BS, num_documents, cache: as in `LanguageModel.forward`.
         """
-        length = tokens_BS.size(1)
+        start, length, documents = 0, tokens_BS.size(1), None
         assert length <= self.context_length, f"{length} tokens do not fit in a context of {self.context_length}"
         x_BSE = self.embedding(tokens_BS)
-        rotary = documents = None
-        if self.position_embedding is not None:
-            positions = torch.arange(length, device=tokens_BS.device) if positions_BS is None else positions_BS
-            x_BSE = x_BSE + self.position_embedding(positions)
-        else:
-            rotary = self.rotary_table(length, positions_BS)
         if positions_BS is not None:
             documents = find_documents(positions_BS, num_documents, self.head_dim, x_BSE.dtype)
+        if cache is not None:
+            assert positions_BS is None and not self.training, "a cache is for generation: it has its own positions"
+            start, positions_BS = cache.extend(length)
+        rotary = None
+        if self.position_embedding is None:
+            rotary = self.rotary_table(length, positions_BS, start)
+        elif positions_BS is None:
+            x_BSE = x_BSE + self.position_embedding(torch.arange(start, start + length, device=tokens_BS.device))
+        else:
+            x_BSE = x_BSE + self.position_embedding(positions_BS)
         branch_BSE = None
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
                 # One tensor is kept for each block, not two terms of a sum.
                 x_BSE = x_BSE if branch_BSE is None else x_BSE + branch_BSE
@@ -251,7 +234,8 @@ class Decoder(nn.Module):
                     block, x_BSE, None, rotary, documents, use_reentrant=False, preserve_rng_state=False
                 )  # fmt: skip
             else:
-                x_BSE, branch_BSE = block(x_BSE, branch_BSE, rotary, documents)
+                layer = None if cache is None else cache.layers[i]
+                x_BSE, branch_BSE = block(x_BSE, branch_BSE, rotary, documents, layer)
         return self.norm(x_BSE, branch_BSE)[1]
 
 
@@ -295,6 +279,7 @@ class LanguageModel(nn.Module):
         targets_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         num_documents: int | None = None,
+        cache: Cache | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [B, S, vocab_size] of token ids [B, S] (int64); or with `targets_BS` the objective, to be
         differentiated, and the loss, to be reported: fp32 scalars, sums over the targets that are not -100. The loss is
@@ -303,5 +288,6 @@ class LanguageModel(nn.Module):
         positions_BS: [B, S] int32, tokens since the start of the document: a token sees its own document alone, as if
             each were run by itself. A row starts at 0. None: every row is one document.
         num_documents: how many positions are 0. None: counted, for which the host waits for a GPU.
+        cache: the tokens go on where its own end, and are kept in it.
         """
-        return self.head(self.decoder(tokens_BS, positions_BS, num_documents), targets_BS)
+        return self.head(self.decoder(tokens_BS, positions_BS, num_documents, cache), targets_BS)

@@ -192,6 +192,7 @@ def test_wrong_values_name_the_key_the_value_and_what_is_allowed(override, allow
         (["data.order=megatron", "checkpoint.every_epoch=true"], "shuffles those of a run together"),
         (["schedule.horizon_steps=100"], "warmup_steps 2000 leaves no step of horizon_steps 100"),
         (["model.rope_scaling_factor=2"], "rope_scaling_factor has no effect"),
+        (["model.rope_scaling=ntk", "model.rope_original_context=64"], "rope_original_context has no effect"),
         (["tokenizer.type=char", "tokenizer.vocab_size=300"], "has no effect with type char"),
     ],
 )
