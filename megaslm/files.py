@@ -37,6 +37,12 @@ def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> list[
     return [results[i] for i in range(len(threads))]
 
 
+def flush_to_disk(file) -> None:
+    """Wait until the device holds what was written to an open file."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` durable: wait until its names are on the disk.
 

@@ -5,7 +5,8 @@
     python tools/inspect_checkpoint.py A B                                 how checkpoint B differs from checkpoint A
 
 Two checkpoints are equal if everything is but the time of writing, the versions that wrote them, the seconds of
-training (progress.seconds) and how the tensors are cut into files. Tensors are compared bit for bit.
+training (progress.seconds) and how the tensors are cut into files. Tensors are compared bit for bit, fingerprints
+within their tolerance; these and tokenizers only where both have one.
 
 With --json, numbers that are not finite are the strings "NaN", "Infinity" and "-Infinity".
 
@@ -108,6 +109,8 @@ def contents_facts(contents: Contents) -> list[tuple[str, str]]:
         ("trained", "-" if contents.seconds is None else f"{contents.seconds:,.1f} s"),
         ("skipped", "-" if contents.skipped_steps is None else plural(contents.skipped_steps, "step")),
         ("marks", ", ".join(marks) or "-"),
+        ("fingerprint", fingerprint_line(contents.fingerprint)),
+        ("tokenizer", tokenizer_line(contents.tokenizer)),
         ("parameters", f"{contents.parameters:,} in {plural(contents.parameter_tensors, 'tensor')}"),
         ("holds", ", ".join(contents.kinds) if contents.optimizer else "weights alone, without the optimizer"),
     ]
@@ -125,6 +128,18 @@ def contents_facts(contents: Contents) -> list[tuple[str, str]]:
             ("loss scaler", ", ".join(f"{name} {short(value)}" for name, value in scaler.items()) or "none"),
         ]
     return facts
+
+
+def fingerprint_line(one: dict[str, Any] | None) -> str:
+    return (
+        "-"
+        if one is None
+        else f"loss {one['loss']:.6f} nats over {one['tokens']} tokens, weights in {one['precision']}"
+    )
+
+
+def tokenizer_line(one: dict[str, Any] | None) -> str:
+    return "-" if one is None else f"{one['type']}, {plural(one['tokens'], 'token')}, fingerprint {one['fingerprint']}"
 
 
 def tensor_lines(tensors: list[TensorStatistics]) -> list[str]:

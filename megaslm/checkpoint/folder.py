@@ -10,22 +10,27 @@
 All ranks must see the same folder: on several nodes it lies on a shared file system.
 """
 
+import contextlib
 import errno
+import glob
+import hashlib
 import itertools
 import logging
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import megaslm
+from megaslm.checkpoint.fingerprint import Fingerprint
 from megaslm.checkpoint.format import (
+    TOKENIZER,
     WEIGHTS,
     Checkpoint,
     DamagedCheckpoint,
@@ -34,10 +39,10 @@ from megaslm.checkpoint.format import (
     open_checkpoint,
     read_manifest,
     write_manifest,
-    write_safetensors,
 )
+from megaslm.checkpoint.safetensors_file import write_safetensors
 from megaslm.errors import UserError
-from megaslm.files import side_by_side, sync_folder
+from megaslm.files import flush_to_disk, side_by_side, sync_folder
 from megaslm.parallel import host
 
 logger = logging.getLogger(__name__)
@@ -125,11 +130,14 @@ def write_checkpoint(
     global_state: dict[str, Any],
     optimizer: dict[str, Any] | None,
     marks: dict[str, Any] | None = None,
+    fingerprint: Fingerprint | None = None,
+    tokenizer_files: Mapping[str, str] | None = None,
+    name: str | None = None,
 ) -> Path:
     """Write one checkpoint from what each rank has of its tensors. Collective.
 
     Nothing is visible until everything is on the disk. If any rank fails, all fail, what was written is removed, and
-    the checkpoints that were there stay. A checkpoint of the same step is replaced.
+    the checkpoints that were there stay. A checkpoint of the same step is replaced, but nothing that has `name`.
 
     Args:
         directory: where checkpoints go; made if missing.
@@ -137,25 +145,32 @@ def write_checkpoint(
         step: optimizer steps made.
         run_config, global_state, marks: plain JSON values, alike on all ranks.
         optimizer: see format.py; None for weights alone.
+        fingerprint: of the model whose weights these are.
+        tokenizer_files: `Tokenizer.files` of the run's.
+        name: of the folder, for a checkpoint that is none of a run's; None: that of its step.
 
     Returns:
-        The folder DIRECTORY/step_XXXXXXXX.
+        The folder DIRECTORY/step_XXXXXXXX, or DIRECTORY/`name`.
 
     Raises:
         SaveFailed: disk full, no permission, ...: names the file and the newest checkpoint that is there.
+        UserError: there is something under `name`.
     """
+    tokenizer_files = tokenizer_files if tokenizer_files and host.rank() == 0 else {}  # one rank writes it
     mine = sum(piece.nbytes for part in pieces.values() for piece in part.values())
-    save = _Save(Path(directory), step, needed=sum(host.gather(mine)))
+    mine += sum(len(text.encode()) for text in tokenizer_files.values())
+    save = _Save(Path(directory), step, name, needed=sum(host.gather(mine)))
     hidden = host.broadcast(save.together(lambda: _prepare(save) if host.rank() == 0 else None))
-    files, entries = save.together(lambda: _write_files(hidden, pieces), cleanup=hidden)
+    files, entries = save.together(lambda: _write_files(hidden, pieces, tokenizer_files), cleanup=hidden)
     manifest: dict[str, Any] = {
         "written": datetime.now(UTC).isoformat(timespec="microseconds"),
         "step": step,
-        "code": {"megaslm": megaslm.__version__, "torch": version("torch"), "deepspeed": version("deepspeed")},
+        "code": code_versions(),
         "run_config": run_config,
         "global_state": global_state,
         "marks": {"validation_loss": None, "epoch": None, **(marks or {})},
         "optimizer": optimizer,
+        "fingerprint": fingerprint.to_json() if fingerprint is not None else None,
         "files": {},
         "tensors": {},
     }
@@ -166,18 +181,31 @@ def write_checkpoint(
             for name, (shape, piece) in part.items():
                 tensors.setdefault(name, {"shape": shape, "pieces": []})["pieces"].append(piece)
     _check_pieces(manifest["tensors"])
-    final = save.directory / checkpoint_name(step)
-    save.together(lambda: _publish(hidden, final, manifest) if host.rank() == 0 else None, cleanup=hidden)
-    return final
+    save.together(lambda: _publish(hidden, save.final, manifest) if host.rank() == 0 else None, cleanup=hidden)
+    return save.final
+
+
+def code_versions() -> dict[str, str]:
+    """Of the packages whose versions a checkpoint records."""
+    code = {"megaslm": megaslm.__version__}
+    for package in ("torch", "deepspeed"):
+        with contextlib.suppress(PackageNotFoundError):  # who converts checkpoints needs no DeepSpeed
+            code[package] = version(package)
+    return code
 
 
 @dataclass(frozen=True)
 class _Save:
-    """What a message about a save needs to know. needed: bytes, over all ranks."""
+    """What a message about a save needs to know. needed: bytes, over all ranks; name: None for a run's own."""
 
     directory: Path
     step: int
+    name: str | None
     needed: int
+
+    @property
+    def final(self) -> Path:
+        return self.directory / (self.name or checkpoint_name(self.step))
 
     def together(self, work: Callable[[], Any], cleanup: Path | None = None) -> Any:
         """Do a part of the save on every rank; if it fails on any, raise the SaveFailed that says so on all."""
@@ -200,6 +228,8 @@ class _Save:
             advice = "this folder must be the same one on all nodes (a shared file system)"
         else:
             advice = "make the folder writable"
+        if self.name is not None:
+            raise SaveFailed(f"could not write the checkpoint {self.final}: {what}; {advice}") from error
         last = host.broadcast(self._last_sound() if host.rank() == 0 else None)
         raise SaveFailed(
             f"could not save the checkpoint of step {self.step} in {self.directory}: {what}; {last}; {advice}"
@@ -225,7 +255,9 @@ def _check_pieces(tensors: dict[str, dict[str, Any]]) -> None:
             assert ends[-1] == math.prod(entry["shape"]), f"{kind} of {name} is not whole"
 
 
-def latest_sound(directory: str | Path, report: Callable[[str], None], repair: bool = True) -> Checkpoint | None:
+def latest_sound(
+    directory: str | Path, report: Callable[[str], None], repair: bool = True, kinds: Sequence[str] | None = None
+) -> Checkpoint | None:
     """The newest checkpoint in `directory` whose every byte is what was written. Collective.
 
     Newest is what was saved last (its serial number). That is the highest step, unless a run fell back to an older one
@@ -235,6 +267,7 @@ def latest_sound(directory: str | Path, report: Callable[[str], None], repair: b
         report: called on rank 0 with one line for every newer one that is damaged, the file at fault named.
         repair: give a checkpoint its name back whose replacement was interrupted; not in the folder of another run,
             which may be writing there.
+        kinds: of tensors that will be read, see `open_checkpoint`.
 
     Returns:
         None if there are no checkpoints.
@@ -257,7 +290,7 @@ def latest_sound(directory: str | Path, report: Callable[[str], None], repair: b
     damage = []
     for path in reversed(paths):
         try:
-            return open_checkpoint(path)
+            return open_checkpoint(path, kinds=kinds)
         except DamagedCheckpoint as error:
             damage.append(str(error))
             if host.rank() == 0 and path != paths[0]:
@@ -381,15 +414,21 @@ def _gigabytes(size: int) -> str:
 
 def _prepare(save: _Save) -> Path:
     """Make the hidden folder, after clearing what a killed run left, and see that there is room."""
-    directory = save.directory
+    directory, final = save.directory, save.final
     directory.mkdir(parents=True, exist_ok=True)
-    _undo_interrupted_replacements(directory)
-    clear_leftovers(directory)
+    if save.name is None:
+        _undo_interrupted_replacements(directory)
+        clear_leftovers(directory)
+    else:  # the folder is not a run's: what else is in it is none of our business
+        if final.is_symlink() or (final.exists() and not (final.is_dir() and not any(final.iterdir()))):
+            raise UserError(f"{final} exists and is not an empty folder; choose another name, or move it away")
+        for stale in directory.glob(f".{glob.escape(save.name)}.*.tmp"):
+            _remove(stale)
     free = shutil.disk_usage(directory).free
     if free < save.needed + MANIFEST_ROOM:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {_gigabytes(free)} left")
     for i in itertools.count():  # a leftover that can't be deleted is no reason never to save again
-        hidden = directory / f".{checkpoint_name(save.step)}.{i}.tmp"
+        hidden = directory / f".{final.name}.{i}.tmp"
         if not hidden.exists():
             hidden.mkdir()
             return hidden
@@ -417,32 +456,44 @@ def _remove(path: Path) -> None:
         logger.warning("can't delete %s: %s", path, error)
 
 
-def _write_files(hidden: Path, pieces: Mapping[str, Mapping[str, Piece]]) -> tuple[dict, dict]:
+def _write_files(
+    hidden: Path, pieces: Mapping[str, Mapping[str, Piece]], tokenizer_files: Mapping[str, str]
+) -> tuple[dict, dict]:
     """Write this rank's files, side by side: a thread each hashes and writes, both outside of the interpreter's lock.
 
     Returns:
         Their entries in the manifest: {file: ...}, and {kind: {name: (shape, piece)}}.
     """
-
     files = {kind: f"{kind}_{host.rank():05d}.safetensors" for kind, part in pieces.items() if part}
 
     def write(kind: str) -> dict[str, Any]:
-        # A whole tensor keeps its shape: the files are then plain safetensors for everyone else.
-        tensors = {
-            name: piece.data.reshape(piece.shape) if piece.data.numel() == math.prod(piece.shape) else piece.data
-            for name, piece in pieces[kind].items()
-        }
-        return write_safetensors(hidden / files[kind], tensors)
+        return write_safetensors(hidden / files[kind], {name: piece.stored for name, piece in pieces[kind].items()})
 
     written = dict(zip(files.values(), side_by_side(write, files), strict=True))
+    if tokenizer_files:
+        written |= _write_texts(hidden, TOKENIZER, tokenizer_files)
     entries = {
         kind: {
-            name: (list(piece.shape), {"file": file, "start": piece.start, "numel": piece.data.numel()})
+            name: (list(piece.shape), {"file": file, "start": piece.start, "numel": piece.numel})
             for name, piece in pieces[kind].items()
         }
         for kind, file in files.items()
     }
     return written, entries
+
+
+def _write_texts(hidden: Path, folder: str, texts: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Write texts, by file name, to a folder of the checkpoint; returns their entries in the manifest."""
+    (hidden / folder).mkdir()
+    entries = {}
+    for name, text in texts.items():
+        data = text.encode()
+        with open(hidden / folder / name, "wb") as file:
+            file.write(data)
+            flush_to_disk(file)
+        entries[f"{folder}/{name}"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    sync_folder(hidden / folder)
+    return entries
 
 
 def _publish(hidden: Path, final: Path, manifest: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@
         weights_00000.safetensors ...   fp32 master weights, the part that rank 0 held
         exp_avg_00000.safetensors ...   Adam's first moments; none in a checkpoint of weights alone
         exp_avg_sq_00000.safetensors ...
+        tokenizer/tokenizer.json ...    the run's, as a folder of its own; none where the token files lead to none
 
 manifest.json:
 
@@ -20,6 +21,7 @@ manifest.json:
                             epoch: the number of the epoch of training data that ended here, or null}
     optimizer               null, or {type: "adam", moments, steps: {parameter: count},
                             weight_decay: {parameter: rate}, loss_scaler: null or {...}}
+    fingerprint             what the model of this step computes, see fingerprint.py; null, or absent in older ones
     files                   {name: {bytes, sha256}}
     tensors                 {kind: {parameter: {shape, pieces: [{file, start, numel, block?}]}}}
 
@@ -33,32 +35,35 @@ There is no random state to keep: initial weights, sample order and sampled text
 the samples consumed, and the network has no dropout.
 """
 
-import contextlib
 import hashlib
 import json
+import math
 import os
-import struct
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from megaslm.checkpoint.fingerprint import Fingerprint
+from megaslm.checkpoint.safetensors_file import LazyTensor, SafetensorsFile
+from megaslm.config import ModelConfig
+from megaslm.data import Tokenizer
 from megaslm.errors import UserError
-from megaslm.files import side_by_side
+from megaslm.files import flush_to_disk, side_by_side
 from megaslm.parallel import host
 
 FORMAT = "megaslm-checkpoint"
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
 WEIGHTS = "weights"
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 HASH_PLACE = "0" * 64
-CHUNK = 64 * 2**20  # bytes that are written, then hashed, at a time
 FILES_AT_A_TIME = 8  # that are verified side by side
 
 
@@ -68,78 +73,35 @@ class DamagedCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, start + data.numel()) of a flattened tensor of global shape `shape`.
+    """Elements [start, start + numel) of a flattened tensor of global shape `shape`.
 
-    data: fp32, on any device; (numel,), or the whole tensor in its own shape.
+    data: on any device; (numel,), or the whole tensor in its own shape; written as fp32. A `LazyTensor`, which is a
+        whole one in fp32, is made when it is written.
     """
 
     shape: tuple[int, ...]
     start: int
-    data: Tensor
+    data: Tensor | LazyTensor
+
+    @property
+    def numel(self) -> int:
+        return self.data.numel()
 
     @property
     def nbytes(self) -> int:
-        return 4 * self.data.numel()
+        return 4 * self.numel
+
+    @property
+    def stored(self) -> Tensor | LazyTensor:
+        """What is written. A whole tensor keeps its shape: the files are then plain safetensors for everyone else."""
+        if isinstance(self.data, LazyTensor):
+            assert self.data.shape == self.shape and self.data.dtype == torch.float32, "a lazy piece is a whole tensor"
+            return self.data
+        return self.data.reshape(self.shape) if self.numel == math.prod(self.shape) else self.data
 
     @classmethod
-    def whole(cls, tensor: Tensor) -> "Piece":
+    def whole(cls, tensor: Tensor | LazyTensor) -> "Piece":
         return cls(tuple(tensor.shape), 0, tensor)
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write fp32 tensors as a safetensors file, hashed on the way and fsynced.
-
-    Ours instead of safetensors' own since that copies every tensor to bytes, and hides the errno of a full disk.
-
-    Args:
-        tensors: on any device; copied to the host one at a time.
-
-    Returns:
-        {"bytes": size of the file, "sha256": hex digest}.
-
-    Raises:
-        OSError: the disk is full, the file too large, ...
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + 4 * tensor.numel()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
-    digest, size = hashlib.sha256(), 0
-    with open(path, "wb") as file:
-        for piece in (struct.pack("<Q", len(text)), text, *tensors.values()):
-            data = memoryview(_bytes_of(piece) if isinstance(piece, Tensor) else piece)
-            for start in range(0, len(data), CHUNK):
-                chunk = data[start : start + CHUNK]
-                file.write(chunk)
-                _start_writeback(file, size, len(chunk))
-                digest.update(chunk)
-                size += len(chunk)
-        flush_to_disk(file)
-    return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _bytes_of(tensor: Tensor):
-    return tensor.detach().to("cpu", torch.float32).contiguous().view(-1).view(torch.uint8).numpy()
-
-
-def _start_writeback(file, start: int, length: int) -> None:
-    """Let the disk begin on what was just written, beside the hash and the next chunk.
-
-    Linux starts by itself only when much of the memory is dirty, and the fsync would then wait for everything: 1.1 GB/s
-    became 3 GB/s on the disk where this was measured.
-    """
-    if length == CHUNK and hasattr(os, "posix_fadvise"):
-        with contextlib.suppress(OSError):
-            os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
-
-
-def flush_to_disk(file) -> None:
-    """Wait until the device holds what was written."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -160,9 +122,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        names = list(folder.iterdir()) if folder.is_dir() else []
+        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
         ours = names or folder.name.startswith("step_")
-        if folder.is_dir() and ours and all(file.suffix == ".safetensors" for file in names):
+        if folder.is_dir() and ours and all(name.endswith(".safetensors") or name == TOKENIZER for name in names):
             raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {MANIFEST} is missing")
         raise UserError(_describe_foreign(folder))
     try:
@@ -219,11 +181,13 @@ class Checkpoint:
         step: optimizer steps made.
         run_config, global_state: as they were given to the save.
         optimizer: kind, step counts, weight decay and loss scaler; None in a checkpoint of weights alone.
+        kinds: of tensors that it was opened for; None: all. The files of others may be missing.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: dict[str, Any], kinds: Sequence[str] | None = None) -> None:
         self.path = path
         self.manifest = manifest
+        self.kinds = kinds
         self.step: int = manifest["step"]
         self.run_config: dict[str, Any] = manifest["run_config"]
         self.global_state: dict[str, Any] = manifest["global_state"]
@@ -234,8 +198,48 @@ class Checkpoint:
         """Global shape of every parameter."""
         return {name: tuple(entry["shape"]) for name, entry in self.manifest["tensors"][WEIGHTS].items()}
 
+    @cached_property
+    def model_config(self) -> ModelConfig:
+        """Of the network whose weights these are; what came into the config since then has its default.
+
+        Raises:
+            UserError: the run config describes no model, or one that only a newer megaslm knows.
+        """
+        if "model" not in self.run_config:
+            raise UserError(f"the run config in checkpoint {self.path} says nothing of the model")
+        try:
+            return ModelConfig.model_validate(self.run_config["model"])
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UserError(
+                f"this megaslm does not understand the model of checkpoint {self.path}: "
+                f"model.{'.'.join(map(str, first['loc']))}: {first['msg']}; use the megaslm that wrote it "
+                f"({self.manifest['code']['megaslm']})"
+            ) from error
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint | None:
+        """What the model computed when it was saved; None in older checkpoints."""
+        found = self.manifest.get("fingerprint")
+        return None if found is None else Fingerprint.from_json(found)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer that lies in the checkpoint; None where it has none, as in older ones.
+
+        Raises:
+            DamagedCheckpoint: a file of it can't be read.
+        """
+        names = [name for name in self.manifest["files"] if name.startswith(f"{TOKENIZER}/")]
+        try:
+            files = {Path(name).name: (self.path / name).read_bytes().decode() for name in names}
+            return Tokenizer(files, str(self.path / TOKENIZER)) if files else None
+        except (OSError, UnicodeDecodeError, UserError) as error:
+            raise self._damaged(f"its tokenizer can't be read ({error})") from error
+
     def read(self, name: str, kind: str = WEIGHTS) -> Tensor:
-        """One whole tensor, in host memory, in its global shape.
+        """One whole tensor, fp32 in host memory, in its global shape.
+
+        There is no second copy of it at any moment, and none is left when it is let go.
 
         Args:
             kind: "weights", or a moment such as "exp_avg".
@@ -245,23 +249,23 @@ class Checkpoint:
             DamagedCheckpoint: its file can't be read.
         """
         entry = self.manifest["tensors"][kind][name]
-        shape = entry["shape"]
-        if "block" not in entry["pieces"][0]:
-            return self._read_pieces(name, entry["pieces"], 0, torch.Size(shape).numel()).view(shape)
+        shape, pieces = entry["shape"], entry["pieces"]
+        if "block" not in pieces[0]:
+            return self._read_pieces(name, pieces, 0, math.prod(shape)).view(shape)
         blocks: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-        for piece in entry["pieces"]:
+        for piece in pieces:
             blocks.setdefault(tuple(piece["block"]["offset"]), []).append(piece)
-        whole = torch.empty(shape)
-        for offset, pieces in blocks.items():
-            block_shape = pieces[0]["block"]["shape"]
-            block = self._read_pieces(name, pieces, 0, torch.Size(block_shape).numel()).view(block_shape)
+        whole = torch.empty(shape, dtype=torch.float32)
+        for offset, of_block in blocks.items():
+            block_shape = of_block[0]["block"]["shape"]
+            block = self._read_pieces(name, of_block, 0, math.prod(block_shape)).view(block_shape)
             whole[tuple(slice(o, o + n) for o, n in zip(offset, block_shape, strict=True))] = block
         return whole
 
     def read_flat(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor, (stop - start,).
 
-        Reads the rows that they lie in and no others, except where the tensor is in blocks: then it reads all.
+        Reads no others, except where the tensor is in blocks: then it reads all.
         """
         pieces = self.manifest["tensors"][kind][name]["pieces"]
         if "block" in pieces[0]:
@@ -269,53 +273,60 @@ class Checkpoint:
         return self._read_pieces(name, pieces, start, stop)
 
     def hold(self) -> None:
-        """Open every file now: what is open can be read to the end, even if another process deletes the folder.
+        """Open the files of the tensors now: they can be read to the end, even if another process deletes the folder.
 
         Raises:
             DamagedCheckpoint: a file can't be opened.
         """
-        for file in self.manifest["files"]:
-            self._open(file)
+        for file in files_of(self.manifest, self.kinds):
+            if file.endswith(".safetensors"):
+                self._open(file)
 
     def close(self) -> None:
         """Let go of the files, which else keep their room on the disk when deleted; a later read opens them again."""
-        self.__dict__.pop("_files", None)
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
 
     @cached_property
-    def _files(self) -> dict[str, Any]:
+    def _files(self) -> dict[str, SafetensorsFile]:
         return {}
 
-    def _open(self, file: str):
+    def _open(self, file: str) -> SafetensorsFile:
         if file not in self._files:
             try:
-                self._files[file] = safetensors.safe_open(self.path / file, framework="pt")
-            except (OSError, safetensors.SafetensorError) as error:
-                raise DamagedCheckpoint(f"checkpoint {self.path} is damaged: {file} can't be read ({error})") from error
+                self._files[file] = SafetensorsFile(self.path / file)
+            except (OSError, ValueError) as error:
+                raise self._damaged(f"{file} can't be read ({error})") from error
         return self._files[file]
 
     def _read_pieces(self, name: str, pieces: list[dict[str, Any]], start: int, stop: int) -> Tensor:
         """Elements [start, stop) of what the pieces make up, flattened."""
-        parts = []
-        for piece in sorted(pieces, key=lambda piece: piece["start"]):
-            first = max(start - piece["start"], 0)
-            last = min(stop - piece["start"], piece["numel"])
-            if first < last:
-                parts.append(self._read_piece(piece["file"], name, first, last))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        parts = [(piece, max(start, piece["start"]), min(stop, piece["start"] + piece["numel"])) for piece in pieces]
+        parts = [(piece, first, last) for piece, first, last in parts if first < last]
+        out = torch.empty(stop - start, dtype=torch.float32) if len(parts) != 1 else None
+        for piece, first, last in parts:
+            at, file = first - piece["start"], piece["file"]
+            try:
+                if out is None:
+                    return self._open(file).map(name, at, at + last - first, torch.float32)
+                self._open(file).read_into(out[first - start : last - start], name, at)
+            except (OSError, ValueError) as error:
+                raise self._damaged(f"{file} can't be read ({error})") from error
+        return out
 
-    def _read_piece(self, file: str, name: str, first: int, last: int) -> Tensor:
-        """Elements [first, last) of one stored tensor, flattened."""
-        try:
-            stored = self._open(file).get_slice(name)
-            shape = stored.get_shape()
-            if not shape:
-                return self._open(file).get_tensor(name).view(1)
-            width = torch.Size(shape[1:]).numel()
-            top = first // width
-            rows = stored[top : -(-last // width)]
-            return rows.reshape(-1)[first - top * width : last - top * width]
-        except (OSError, safetensors.SafetensorError) as error:
-            raise DamagedCheckpoint(f"checkpoint {self.path} is damaged: {file} can't be read ({error})") from error
+    def _damaged(self, what: str) -> DamagedCheckpoint:
+        return DamagedCheckpoint(f"checkpoint {self.path} is damaged: {what}")
+
+
+def files_of(manifest: dict[str, Any], kinds: Sequence[str] | None = None) -> list[str]:
+    """The files that hold tensors of these kinds (None: of all), and those that hold none, sorted."""
+    holders = {
+        kind: {piece["file"] for entry in part.values() for piece in entry["pieces"]}
+        for kind, part in manifest["tensors"].items()
+    }
+    left_out = set().union(*(holders[kind] for kind in holders if kinds is not None and kind not in kinds))
+    return sorted(set(manifest["files"]) - left_out)
 
 
 def find_damage(folder: Path, name: str, expected: dict[str, Any], read: bool) -> str | None:
@@ -354,14 +365,16 @@ def follow_link(path: Path) -> Path:
     return path.parent / os.readlink(path) if path.is_symlink() else path
 
 
-def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
-    """Open one checkpoint folder, after a look at every file.
+def open_checkpoint(path: str | Path, verify: bool = True, kinds: Sequence[str] | None = None) -> Checkpoint:
+    """Open one checkpoint folder, after a look at its files.
 
     Collective with `verify` (the ranks share the reading), local without.
 
     Args:
         path: the folder, or a link such as lm_current: what it means now, even if the name moves on while we read.
         verify: compare the sha256 of every file; else sizes alone.
+        kinds: of tensors that will be read, such as ("weights",); None: all. The files of the other kinds are not
+            looked at, and may be missing.
 
     Raises:
         DamagedCheckpoint: names the files at fault.
@@ -373,17 +386,17 @@ def open_checkpoint(path: str | Path, verify: bool = True) -> Checkpoint:
 
     def inspect() -> dict[str, Any]:
         manifest = read_manifest(path)
-        names = sorted(manifest["files"])
+        names = files_of(manifest, kinds)
         damage = find_damages(path, manifest, names[host.rank() :: host.world_size()] if verify else names, read=verify)
         if damage:
             raise DamagedCheckpoint(f"checkpoint {path} is damaged: {'; '.join(damage.values())}")
         return manifest
 
     if not verify:
-        return Checkpoint(path, inspect())
+        return Checkpoint(path, inspect(), kinds)
     manifest, failures = host.try_together(inspect)
     if failures:
         raise failures[0][1]
     if len(set(host.gather(manifest["sha256"]))) > 1:
         raise UserError(f"the ranks do not see the same checkpoint {path}: it was replaced meanwhile; start again")
-    return Checkpoint(path, manifest)
+    return Checkpoint(path, manifest, kinds)

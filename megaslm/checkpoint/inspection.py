@@ -1,7 +1,7 @@
-"""Look at checkpoints and change nothing: what one holds, whether it is sound, how two differ.
+"""Look at checkpoints and change nothing: what one holds, and whether it is sound.
 
-Needs neither a device nor DeepSpeed. Tensors are read one at a time, or one of each of two checkpoints: memory is
-bounded by the largest. Reports are plain dataclasses; tools/inspect_checkpoint.py prints them.
+Needs neither a device nor DeepSpeed. Tensors are read one at a time: memory is bounded by the largest. Reports are
+plain dataclasses; tools/inspect_checkpoint.py prints them.
 """
 
 import contextlib
@@ -12,18 +12,26 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from megaslm.checkpoint.fingerprint import Fingerprint
 from megaslm.checkpoint.folder import checkpoint_step, list_checkpoints
-from megaslm.checkpoint.format import MANIFEST, Checkpoint, DamagedCheckpoint, find_damages, follow_link, read_manifest
+from megaslm.checkpoint.format import (
+    MANIFEST,
+    Checkpoint,
+    DamagedCheckpoint,
+    find_damages,
+    follow_link,
+    read_manifest,
+)
 from megaslm.errors import UserError
 
+if TYPE_CHECKING:
+    from megaslm.checkpoint.comparison import Comparison
+
 CHUNK = 2**22  # elements that are looked at in fp64 at a time
-MISSING = object()
-PER_PARAMETER = ("steps", "weight_decay")  # of the optimizer: {parameter: value}
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ class Contents:
         kinds: of tensors: "weights", and the moments where the optimizer was saved.
         optimizer: None for weights alone, else {type, loss_scaler, steps: [{count, tensors}],
             weight_decay: [{rate, tensors, elements}]}.
+        fingerprint: {precision, loss (nats), tokens (how many)} of what the model computes; None in older ones.
+        tokenizer: {type, tokens, fingerprint} of the one in it; None where there is none, or it can't be read.
         ranks: number of ranks that wrote files.
     """
 
@@ -67,6 +77,8 @@ class Contents:
     parameter_tensors: int
     kinds: list[str]
     optimizer: dict[str, Any] | None
+    fingerprint: dict[str, Any] | None
+    tokenizer: dict[str, Any] | None
     ranks: int
 
 
@@ -143,85 +155,6 @@ class FolderReport:
         return all(report.passed for report in self.checkpoints)
 
 
-@dataclass(frozen=True)
-class TensorDifference:
-    """How one tensor differs between A and B.
-
-    Attributes:
-        elements, differing: all, and those whose bits differ.
-        largest: largest |a - b| over the elements that are finite in both.
-        relative: norm of a - b over the norm of a, over the same elements; infinite where a is zero and b is not.
-        nonfinite_a, nonfinite_b: number of NaN and infinite elements.
-        differing_nonfinite: elements that differ and are not finite in A or B: `largest` and `relative` leave them out.
-    """
-
-    name: str
-    elements: int
-    differing: int
-    largest: float
-    relative: float
-    nonfinite_a: int
-    nonfinite_b: int
-    differing_nonfinite: int
-
-
-@dataclass(frozen=True)
-class KindComparison:
-    """The tensors of one kind that A and B both have, in the same shape.
-
-    Attributes:
-        compared, identical: number of tensors that were read, and of those that are equal bit for bit.
-        largest, relative: the largest of any tensor and that tensor's name, {value, name}; None if all are identical.
-        differing: those that differ most, most first: differing non-finite elements first, then by `relative`.
-        nonfinite: all tensors with NaN or infinite elements, {name, a, b}: their number in each.
-        unreadable: tensors that could not be read in A or B.
-    """
-
-    kind: str
-    compared: int
-    identical: int
-    largest: dict[str, Any] | None
-    relative: dict[str, Any] | None
-    differing: list[TensorDifference]
-    nonfinite: list[dict[str, Any]]
-    unreadable: list[str]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How checkpoint B differs from checkpoint A.
-
-    Left out, since two runs of the same command differ in them: `written`, `code`, progress.seconds, and how the
-    tensors are cut into pieces and files.
-
-    Attributes:
-        a, b: what each is, and whether it is sound.
-        equal: nothing differs. False where a manifest or a tensor can't be read.
-        values: {"step" | "run_config" | "global_state" | "marks" | "optimizer" | "optimizer.steps" |
-            "optimizer.weight_decay": [{name, a, b}]}; `a` or `b` is absent where there is no such name.
-        only_in_a, only_in_b: parameters.
-        shapes: parameters of different shapes, {name, a, b}.
-        tensors: one entry for every kind that both have.
-        show: number of tensors of each kind that are listed.
-    """
-
-    KIND: ClassVar[str] = "comparison"
-    a: CheckpointReport
-    b: CheckpointReport
-    equal: bool
-    values: dict[str, list[dict[str, Any]]]
-    only_in_a: list[str]
-    only_in_b: list[str]
-    shapes: list[dict[str, Any]]
-    tensors: list[KindComparison]
-    show: int
-
-    @property
-    def passed(self) -> bool:
-        """Both are sound, and nothing differs."""
-        return self.equal and self.a.passed and self.b.passed
-
-
 def inspect_path(path: str | Path, *, quick: bool = False, tensors: bool = False) -> CheckpointReport | FolderReport:
     """Look at a checkpoint, or at all checkpoints of a run. Local; changes nothing.
 
@@ -235,56 +168,17 @@ def inspect_path(path: str | Path, *, quick: bool = False, tensors: bool = False
             reported, not raised.
     """
     path = Path(path)
-    with _readable(path):
-        directory = _find_directory(path)
+    with readable(path):
+        directory = find_directory(path)
         if directory is None:
-            return _look(path, quick, tensors)[0]
+            return look(path, quick, tensors)[0]
         if tensors:
             example = list_checkpoints(directory)[-1]
             raise UserError(f"{path} holds checkpoints; to list the tensors of one, name it, such as {example}")
         return _inspect_directory(directory, quick)
 
 
-def compare_checkpoints(a: str | Path, b: str | Path, *, quick: bool = False, show: int = 10) -> Comparison:
-    """Compare checkpoint B with checkpoint A. Local; changes nothing; holds one tensor of each in memory.
-
-    Args:
-        a, b: checkpoints, or links to them.
-        quick: compare the sizes of the files with their manifests, not the hashes; the tensors are read all the same.
-        show: number of tensors to list of each kind, those that differ most.
-
-    Raises:
-        UserError: see `inspect_path`; or a folder of several checkpoints. A damaged one is reported, and what can be
-            read of it compared.
-    """
-    opened = []
-    for path in map(Path, (a, b)):
-        with _readable(path):
-            directory = _find_directory(path)
-            if directory is not None:
-                example = list_checkpoints(directory)[-1]
-                raise UserError(f"{path} holds checkpoints; to compare one, name it, such as {example}")
-            opened.append(_look(path, quick))
-    (report_a, one), (report_b, other) = opened
-    if one is None or other is None:
-        return Comparison(report_a, report_b, False, {}, [], [], [], [], show)
-    values = _compare_values(one, other)
-    both = one.shapes.keys() & other.shapes.keys()
-    shapes = [
-        {"name": name, "a": list(one.shapes[name]), "b": list(other.shapes[name])}
-        for name in sorted(both)
-        if one.shapes[name] != other.shapes[name]
-    ]
-    names = sorted(both - {entry["name"] for entry in shapes})
-    kinds = [kind for kind in one.manifest["tensors"] if kind in other.manifest["tensors"]]
-    tensors = [_compare_kind(one, other, kind, names, show) for kind in kinds]
-    only_in_a, only_in_b = (sorted(x.shapes.keys() - y.shapes.keys()) for x, y in ((one, other), (other, one)))
-    equal = not (any(values.values()) or only_in_a or only_in_b or shapes)
-    equal = equal and all(part.identical == len(names) for part in tensors)
-    return Comparison(report_a, report_b, equal, values, only_in_a, only_in_b, shapes, tensors, show)
-
-
-def report_json(report: CheckpointReport | FolderReport | Comparison) -> str:
+def report_json(report: "CheckpointReport | FolderReport | Comparison") -> str:
     """A report as one JSON object: its attributes, `report` (which kind) and `passed`.
 
     Strict JSON: numbers that are not finite are the strings "NaN", "Infinity" and "-Infinity".
@@ -304,7 +198,7 @@ def _strict(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     """A folder that the system won't let us read is the user's to mend."""
     try:
         yield
@@ -312,7 +206,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise UserError(f"can't read {path}: {error}") from error
 
 
-def _find_directory(path: Path) -> Path | None:
+def find_directory(path: Path) -> Path | None:
     """The folder with the checkpoints of a run, if that is what `path` means; None if it may be a checkpoint itself."""
     if not path.is_dir():
         return None
@@ -334,7 +228,7 @@ def _inspect_directory(directory: Path, quick: bool) -> FolderReport:
     reports = []
     for path in list_checkpoints(directory):
         try:
-            report = _look(path, quick)[0]
+            report = look(path, quick)[0]
         except (UserError, OSError) as error:  # of another format version, say: no reason to hide the others
             report = CheckpointReport(str(path), checkpoint_step(path), _bytes_in(path), quick, [str(error)])
         if path.exists():  # a run that goes on deletes its old ones
@@ -344,7 +238,7 @@ def _inspect_directory(directory: Path, quick: bool) -> FolderReport:
     return FolderReport(str(directory), reports, links, _leftovers(directory))
 
 
-def _look(path: Path, quick: bool, tensors: bool = False) -> tuple[CheckpointReport, Checkpoint | None]:
+def look(path: Path, quick: bool, tensors: bool = False) -> tuple[CheckpointReport, Checkpoint | None]:
     """A report, and the checkpoint for reading, damaged or not; None if the manifest can't be read."""
     path = follow_link(path)
     try:
@@ -373,14 +267,19 @@ def _look(path: Path, quick: bool, tensors: bool = False) -> tuple[CheckpointRep
         damage=damage,
         contents=_contents(checkpoint),
         files=files,
-        other_files=sorted({file.name for file in path.iterdir()} - {file.name for file in files}),
+        other_files=sorted(_names_in(path) - {file.name for file in files}),
         tensors=statistics,
     )
     return report, checkpoint
 
 
+def _names_in(folder: Path) -> set[str]:
+    """Of all files, those of deeper folders with these, as in the manifest."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+
+
 def _bytes_in(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) if folder.is_dir() else 0
+    return sum((folder / name).stat().st_size for name in _names_in(folder))
 
 
 def _check_files(checkpoint: Checkpoint, quick: bool) -> list[FileReport]:
@@ -423,27 +322,38 @@ def _contents(checkpoint: Checkpoint) -> Contents:
         parameter_tensors=len(elements),
         kinds=list(manifest["tensors"]),
         optimizer=optimizer,
-        ranks=len({Path(name).stem.rpartition("_")[2] for name in manifest["files"]}),  # weights_00003.safetensors
+        fingerprint=_describe_fingerprint(checkpoint.fingerprint),
+        tokenizer=_describe_tokenizer(checkpoint),
+        ranks=len({Path(n).stem.rpartition("_")[2] for n in manifest["files"] if n.endswith(".safetensors")}),
     )
 
 
-def _read(checkpoint: Checkpoint, kind: str, name: str) -> Tensor | None:
+def _describe_fingerprint(one: Fingerprint | None) -> dict[str, Any] | None:
+    return None if one is None else {"precision": one.precision, "loss": one.loss, "tokens": len(one.tokens)}
+
+
+def _describe_tokenizer(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    try:
+        one = checkpoint.tokenizer()
+    except DamagedCheckpoint:  # its file is listed with what is wrong with it
+        return None
+    return None if one is None else {"type": one.kind, "tokens": one.vocab_size, "fingerprint": one.fingerprint}
+
+
+def read_flattened(checkpoint: Checkpoint, kind: str, name: str) -> Tensor | None:
     """One tensor, flattened, (numel,); None if it can't be read.
 
     A file may be a sound safetensors file, and yet not the one that the manifest means: of other shapes, or types.
     """
     try:
-        tensor = checkpoint.read(name, kind)
-    except (DamagedCheckpoint, RuntimeError):
+        return checkpoint.read(name, kind).view(-1)
+    except DamagedCheckpoint:
         return None
-    finally:
-        checkpoint.close()  # open files stay mapped, and in the end the whole checkpoint would count as our memory
-    return tensor.reshape(-1) if tensor.dtype == torch.float32 else None
 
 
 def _describe(checkpoint: Checkpoint, kind: str, name: str) -> TensorStatistics | None:
     """Statistics of the finite elements, summed up in fp64; None if the tensor can't be read."""
-    tensor, entry = _read(checkpoint, kind, name), checkpoint.manifest["tensors"][kind][name]
+    tensor, entry = read_flattened(checkpoint, kind, name), checkpoint.manifest["tensors"][kind][name]
     if tensor is None:
         return None
     count, total, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
@@ -472,103 +382,3 @@ def _finite_chunks(tensor: Tensor) -> Iterator[Tensor]:
         finite = chunk[chunk.isfinite()].double()
         if finite.numel():
             yield finite
-
-
-def _compare_values(a: Checkpoint, b: Checkpoint) -> dict[str, list[dict[str, Any]]]:
-    """What differs in the two manifests, but for files and tensors; see `Comparison.values`."""
-
-    def timeless(state: dict[str, Any]) -> dict[str, Any]:
-        progress = state.get("progress")
-        if not isinstance(progress, dict):
-            return state
-        return state | {"progress": {name: value for name, value in progress.items() if name != "seconds"}}
-
-    values = {
-        "step": _differences(a.step, b.step, "step"),
-        "run_config": _differences(a.run_config, b.run_config),
-        "global_state": _differences(timeless(a.global_state), timeless(b.global_state)),
-        "marks": _differences(a.manifest["marks"], b.manifest["marks"]),
-    }
-    if a.optimizer is None or b.optimizer is None:
-        holds = [" and ".join(["weights", *(["optimizer"] if x.optimizer else [])]) for x in (a, b)]
-        return values | {"optimizer": _differences(*holds, "holds")}
-    whole = [{name: value for name, value in x.optimizer.items() if name not in PER_PARAMETER} for x in (a, b)]
-    values["optimizer"] = _differences(*whole)
-    one_sided = a.shapes.keys() ^ b.shapes.keys()  # named as parameters already
-    for part in PER_PARAMETER:
-        found = _differences(*(x.optimizer.get(part, {}) for x in (a, b)))
-        values[f"optimizer.{part}"] = [entry for entry in found if entry["name"] not in one_sided]
-    return values
-
-
-def _differences(a: Any, b: Any, name: str = "") -> list[dict[str, Any]]:
-    """What differs between two JSON values, {name, a, b} by dotted name; compared as the text that is saved."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return [
-            found
-            for key in sorted(a.keys() | b.keys())
-            for found in _differences(a.get(key, MISSING), b.get(key, MISSING), f"{name}.{key}" if name else key)
-        ]
-    if a is not MISSING and b is not MISSING and json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True):
-        return []
-    return [{"name": name, **{side: value for side, value in (("a", a), ("b", b)) if value is not MISSING}}]
-
-
-def _compare_kind(a: Checkpoint, b: Checkpoint, kind: str, names: list[str], show: int) -> KindComparison:
-    found, unreadable = [], []
-    for name in names:
-        one = _compare_stored(a, b, kind, name)
-        if one is None:
-            unreadable.append(name)
-        else:
-            found.append(one)
-    differing = [one for one in found if one.differing]
-
-    def most(attribute: str) -> dict[str, Any] | None:
-        top = max(differing, key=lambda one: getattr(one, attribute), default=None)
-        return top and {"value": getattr(top, attribute), "name": top.name}
-
-    differing.sort(key=lambda one: (-one.differing_nonfinite, -one.relative, -one.largest, -one.differing, one.name))
-    return KindComparison(
-        kind=kind,
-        compared=len(found),
-        identical=len(found) - len(differing),
-        largest=most("largest"),
-        relative=most("relative"),
-        differing=differing[:show],
-        nonfinite=[
-            {"name": one.name, "a": one.nonfinite_a, "b": one.nonfinite_b}
-            for one in found
-            if one.nonfinite_a or one.nonfinite_b
-        ],
-        unreadable=unreadable,
-    )
-
-
-def _compare_stored(a: Checkpoint, b: Checkpoint, kind: str, name: str) -> TensorDifference | None:
-    """A function of its own so that both tensors are let go before the next are read."""
-    x, y = _read(a, kind, name), _read(b, kind, name)
-    return None if x is None or y is None else _compare_tensors(name, x, y)
-
-
-def _compare_tensors(name: str, a: Tensor, b: Tensor) -> TensorDifference:
-    """Compare two fp32 tensors (numel,): their bits, and their values in fp64."""
-    differing = differing_nonfinite = nonfinite_a = nonfinite_b = 0
-    largest = squares = squares_a = 0.0
-    for x, y in zip(a.split(CHUNK), b.split(CHUNK), strict=True):
-        changed = x.view(torch.int32) != y.view(torch.int32)  # tells 0.0 from -0.0, and a NaN equals itself
-        finite_x, finite_y = x.isfinite(), y.isfinite()
-        finite = finite_x & finite_y
-        differing += int(changed.sum())
-        differing_nonfinite += int((changed & ~finite).sum())
-        nonfinite_a += int((~finite_x).sum())
-        nonfinite_b += int((~finite_y).sum())
-        x, y = (torch.where(finite, part, 0.0).double() for part in (x, y))
-        squares_a += x.square().sum().item()
-        difference = x.sub_(y)
-        largest = max(largest, difference.abs().max().item())
-        squares += difference.square_().sum().item()
-    relative = 0.0 if squares == 0 else math.sqrt(squares / squares_a) if squares_a else math.inf
-    return TensorDifference(
-        name, a.numel(), differing, largest, relative, nonfinite_a, nonfinite_b, differing_nonfinite
-    )

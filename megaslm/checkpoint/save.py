@@ -1,12 +1,14 @@
 """Save a DeepSpeed engine to a checkpoint, and continue a checkpoint in an engine, whatever the layout of either."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megaslm.checkpoint.buffers import HostBuffers
+from megaslm.checkpoint.fingerprint import Fingerprint
 from megaslm.checkpoint.folder import write_checkpoint
 from megaslm.checkpoint.format import ADAM_MOMENTS, WEIGHTS, Checkpoint, Piece
 from megaslm.errors import UserError
@@ -64,6 +66,8 @@ def take_snapshot(
     run_config: dict[str, Any],
     global_state: dict[str, Any],
     marks: dict[str, Any] | None = None,
+    fingerprint: Fingerprint | None = None,
+    tokenizer_files: Mapping[str, str] | None = None,
     weights_only: bool = False,
     buffers: HostBuffers | None = None,
 ) -> Snapshot:
@@ -79,6 +83,8 @@ def take_snapshot(
         run_config: the resolved run config, plain JSON values.
         global_state: the training loop's own state (samples consumed, ...), plain JSON values, alike on all ranks.
         marks: what retention goes by, see format.py.
+        fingerprint: of the model as it is now.
+        tokenizer_files: `Tokenizer.files` of the run's, which go into the checkpoint.
         weights_only: leave out the optimizer's state.
         buffers: copy the state there, 12 bytes a parameter over all ranks together, so that training may go on while
             it is written. Without, it must be written before the next step.
@@ -106,6 +112,8 @@ def take_snapshot(
         "global_state": global_state,
         "marks": marks,
         "optimizer": optimizer,
+        "fingerprint": fingerprint,
+        "tokenizer_files": tokenizer_files,
     }
     take = partial(_take_pieces, state, kinds, buffers)
     if buffers is None:

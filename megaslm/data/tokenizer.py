@@ -59,6 +59,7 @@ class Tokenizer:
         vocab_size: number of ids, special tokens included (largest id + 1).
         fingerprint: hash of what determines the ids of a text.
         eod_id: id of the end-of-document token; None where the tokenizer has none (characters).
+        bos_id: id of the token that begins a text in transformers; eod_id where the tokenizer names none.
         pad_id: id of the padding token, or None.
         kind: "char" or "ascii" for our character tokenizers, else "bpe" (ours) or the model's name in tokenizer.json.
         unknown: what a character tokenizer does with a character it does not know: "map" or "refuse".
@@ -85,6 +86,7 @@ class Tokenizer:
         self.kind: str = settings.get("type") or self._json["model"].get("type", "unknown").lower()
         self.unknown: str = settings.get("unknown", "map")
         self.eod_id = self._special_id(config, "eos_token", END_OF_TEXT)
+        self.bos_id = self._special_id(config, "bos_token", self.eod_token)
         self.pad_id = self._special_id(config, "pad_token", None)
         self._characters = _CharacterTable(self._vocab, self._json) if self.kind in ("char", "ascii") else None
 
@@ -95,6 +97,11 @@ class Tokenizer:
     def json(self) -> dict:
         """Content of tokenizer.json; not to be changed."""
         return self._json
+
+    @property
+    def files(self) -> dict[str, str]:
+        """The texts of the tokenizer's folder by file name, as they were read; not to be changed."""
+        return self._files
 
     @property
     def is_character(self) -> bool:

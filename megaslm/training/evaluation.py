@@ -1,34 +1,17 @@
 """Loss on the validation tokens: every target once, the same whatever the layout."""
 
-import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megaslm.config import UNNAMED_SET
-from megaslm.data import IGNORED_TARGET, Tokenizer, ValidationData
+from megaslm.data import Tokenizer, ValidationData
+from megaslm.evaluation import MeanLoss, sum_losses
 from megaslm.parallel import Ranks
 from megaslm.training.batches import MicroBatch, to_device
 from megaslm.training.engine import TrainingEngine
-
-
-@dataclass(frozen=True)
-class MeanLoss:
-    """Mean loss in nats over `targets` target tokens; bits per byte of text where the tokenizer is known."""
-
-    loss: float
-    targets: int
-    bits_per_byte: float | None
-
-    @classmethod
-    def of_sums(cls, losses: float, targets: float, num_bytes: float) -> "MeanLoss":
-        return cls(losses / targets, int(targets), losses / math.log(2) / num_bytes if num_bytes else None)
-
-    def record(self) -> dict:
-        """For metrics.jsonl."""
-        return {"perplexity": math.exp(min(self.loss, 700.0)), **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -59,43 +42,18 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate every set: its first `max_sequences` windows, or all, `batch_size` a forward pass on each rank."""
     started = time.perf_counter()
-    sums = [_sums(engine, data, tokenizer, batch_size, ranks, max_sequences) for data in sets.values()]
+
+    def loss_sum(*arrays: np.ndarray | None) -> torch.Tensor:
+        return engine.loss_sum(_micro_batch(*arrays, ranks.device))
+
+    part = (ranks.data_parallel_rank, ranks.data_parallel_size)
+    sums = [sum_losses(loss_sum, data, tokenizer, batch_size, max_sequences, *part) for data in sets.values()]
     totals = ranks.sum(torch.stack(sums))
     return Evaluation(
         overall=MeanLoss.of_sums(*totals.sum(0).tolist()),
         sets={name: MeanLoss.of_sums(*row) for name, row in zip(sets, totals.tolist(), strict=True)},
         seconds=time.perf_counter() - started,
     )
-
-
-def _sums(
-    engine: TrainingEngine,
-    data: ValidationData,
-    tokenizer: Tokenizer | None,
-    batch_size: int,
-    ranks: Ranks,
-    max_sequences: int | None,
-) -> torch.Tensor:
-    """[3] float64 on the host: this rank's sum of losses, its targets, and their bytes (0 without a tokenizer).
-
-    Ranks take windows in turn and all do the same number of forward passes, past the end on masked rows, since a
-    ZeRO-3 forward is collective.
-    """
-    windows = min(data.num_windows, max_sequences or data.num_windows)
-    stride = batch_size * ranks.data_parallel_size
-    losses = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    targets_seen = bytes_seen = 0
-    for start in range(0, windows, stride):
-        first = start + ranks.data_parallel_rank * batch_size
-        tokens, targets, positions = data.batch(first, batch_size)
-        if first + batch_size > windows:
-            targets[max(0, windows - first) :] = IGNORED_TARGET
-        losses += engine.loss_sum(_micro_batch(tokens, targets, positions, ranks.device))
-        real = targets[targets != IGNORED_TARGET]
-        targets_seen += real.size
-        if tokenizer is not None:
-            bytes_seen += tokenizer.count_bytes(real)
-    return torch.tensor([losses.item(), targets_seen, bytes_seen], dtype=torch.float64)
 
 
 def _micro_batch(

@@ -4,12 +4,22 @@ import contextlib
 import gc
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
 import torch
 
-from megaslm.checkpoint import Checkpoint, HostBuffers, Snapshot, restore, take_snapshot
+from megaslm.checkpoint import (
+    NUM_TOKENS,
+    Checkpoint,
+    Fingerprint,
+    HostBuffers,
+    Snapshot,
+    restore,
+    take_fingerprint,
+    take_snapshot,
+)
 from megaslm.generation import sample_tokens
 from megaslm.model import flops_per_token
 from megaslm.parallel import host
@@ -24,7 +34,7 @@ from megaslm.training.progress import Progress, conclude
 from megaslm.training.run_dir import RunLock, environment, open_run_dir
 from megaslm.training.saving import Saving
 from megaslm.training.schedule import learning_rate
-from megaslm.training.start import InitialWeights
+from megaslm.training.start import InitialWeights, check_restored
 from megaslm.training.stop import StopRequest
 
 
@@ -46,6 +56,9 @@ class Training:
         self.watch = Stopwatch(self.ranks.device)
         self.eta_steps, self.eta_seconds = 0, 0.0
         self.log: MetricsLog | None = None
+        self.fingerprint_tokens = self.data.first_held_out_tokens(
+            min(NUM_TOKENS, self.run.model.context_length + 1)  # the last is a target alone
+        )
 
     def go(self, checkpoint: Checkpoint | None, weights: InitialWeights | None = None) -> None:
         """Continue from `checkpoint`, or start (from `weights`, if given), run to the end or to a stop, and report."""
@@ -55,10 +68,13 @@ class Training:
             self.skipped_before = self.progress.skipped_steps
             self._set_interval_sums()
             self.say(f"continuing from {checkpoint.path} at step {self.progress.step}")
+            self._compare_with(checkpoint)
         elif weights is not None:
             restore(weights.checkpoint, self.engine.deepspeed, weights_only=True)
             self.progress.weights_from = weights.origin
             self.say(f"a new run from the weights of {weights.checkpoint.path}{weights.differences}")
+            if weights.same_model:
+                self._compare_with(weights.checkpoint)
         self.first_step = self.progress.step + 1
         host.on_first(self._open_run_dir)
         # The checkpoint of a step that is yet to be evaluated is saved again where it turns out to be the best.
@@ -208,10 +224,7 @@ class Training:
         if prompt is None:
             first = next(iter(self.data.validation.values())).batch(0, 1)[0][0, :1]
             prompt = first if tokenizer.eod_id is None else np.array([tokenizer.eod_id])
-        # Eager: the growing length would compile a block anew for a text that nobody waits for. (Without compile the
-        # compiler stays unimported: that saves a second, and triton's complaints at exit.)
-        eager = torch.compiler.set_stance("force_eager") if self.run.train.compile else contextlib.nullcontext()
-        with eager:
+        with self._eager():
             generated = sample_tokens(
                 self.engine.model,
                 to_device(prompt, self.ranks.device),
@@ -225,6 +238,23 @@ class Training:
         if self.log is not None:
             self.log.write_text(self.progress.step, text)
         self.say("sample:", *(f"    {line}" for line in text.splitlines()))
+
+    def _eager(self) -> contextlib.AbstractContextManager:
+        """Where another length than that of training would compile every block anew, for a few tokens.
+
+        (Without compile the compiler stays unimported: that saves a second, and triton's complaints at exit.)
+        """
+        return torch.compiler.set_stance("force_eager") if self.run.train.compile else contextlib.nullcontext()
+
+    def _fingerprint(self, tokens: Sequence[int], precision: str) -> Fingerprint:
+        """Of the model as it is now. Collective under ZeRO-3."""
+        with self._eager():
+            return take_fingerprint(self.engine.model, tokens, precision, self.ranks.device)
+
+    def _compare_with(self, checkpoint: Checkpoint) -> None:
+        """See that the restored model computes what it did when it was saved; older checkpoints do not tell."""
+        if (stored := checkpoint.fingerprint) is not None:
+            check_restored(checkpoint, self._fingerprint(stored.tokens, stored.precision), self.plan)
 
     def _ended_epoch(self) -> int | None:
         """The number of the epoch that this step completed, if its end is to be kept."""
@@ -262,6 +292,8 @@ class Training:
                 "data": self.data.training.state(),
             },
             marks={"validation_loss": loss if math.isfinite(loss) else None, "epoch": self._ended_epoch()},
+            fingerprint=self._fingerprint(self.fingerprint_tokens, self.plan.precision),
+            tokenizer_files=self.data.tokenizer.files if self.data.tokenizer is not None else None,
             buffers=buffers,
         )
 

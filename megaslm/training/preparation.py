@@ -13,6 +13,7 @@ from megaslm_kernels import Ops
 from megaslm.config import (
     UNNAMED_SET,
     BatchLayout,
+    ModelConfig,
     RunConfig,
     requested_precision,
     resolve_batch,
@@ -60,6 +61,13 @@ class RunData:
     validation: dict[str, ValidationData]
     tokenizer: Tokenizer | None
     sample_prompt: np.ndarray | None
+
+    def first_held_out_tokens(self, count: int) -> list[int]:
+        """The ids that the first validation set begins with, over again where it has fewer."""
+        part = next(iter(self.validation.values())).parts[0]
+        ids = np.array(part.tokens[:count])
+        part.check_ids(0, ids)
+        return np.resize(ids, count).tolist()
 
 
 @dataclass(frozen=True)
@@ -219,3 +227,9 @@ def identity(run: RunConfig, data: RunData) -> dict:
         if value := getattr(run.data, key):  # left out otherwise: checkpoints from before it say nothing of it
             values[f"data.{key}"] = value
     return values
+
+
+def completed_identity(saved: dict) -> dict:
+    """The `identity` in a checkpoint, with the defaults of what came into the model's config since it was saved."""
+    fields = ModelConfig.model_fields.items()
+    return {f"model.{name}": field.get_default() for name, field in fields if not field.is_required()} | saved

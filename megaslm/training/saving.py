@@ -105,6 +105,6 @@ class Saving:
 
 def _size(folder: Path) -> str:
     with contextlib.suppress(OSError):
-        size = sum(file.stat().st_size for file in folder.iterdir())
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
     return "size unknown"

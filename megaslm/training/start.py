@@ -6,23 +6,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megaslm.checkpoint import (
+    WEIGHTS,
     Checkpoint,
+    Fingerprint,
     check_compatible,
     checkpoint_step,
+    code_versions,
+    compare_fingerprints,
     latest_sound,
     list_checkpoints,
     open_checkpoint,
 )
 from megaslm.errors import UserError
 from megaslm.parallel import host
-from megaslm.training.preparation import Options, Plan, identity
+from megaslm.training.preparation import Options, Plan, completed_identity, identity
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Weights that a new run starts from. `origin` goes into its checkpoints, `differences` to the terminal."""
+    """Weights that a new run starts from. `origin` goes into its checkpoints, `differences` to the terminal.
+
+    same_model: the run's model config is that of the weights, so that it must compute the same.
+    """
 
     checkpoint: Checkpoint
+    same_model: bool
     origin: dict
     differences: str
 
@@ -46,7 +54,7 @@ def find_checkpoint(plan: Plan) -> Checkpoint | None:
     checkpoint = latest_sound(directory, report=plan.say)
     if checkpoint is not None:
         state = checkpoint.global_state
-        check_compatible(state["identity"], identity(plan.run, plan.data))
+        check_compatible(completed_identity(state["identity"]), identity(plan.run, plan.data))
         origin = state["progress"]["weights_from"]
         if options.resume == "weights" and (origin or {}).get("from") != os.path.abspath(options.weights_from):
             start = f"from the weights of {origin['from']}" if origin else "without given weights"
@@ -68,8 +76,10 @@ def find_weights(plan: Plan) -> InitialWeights:
     """The checkpoint of --from, or the newest sound one of the run named, if its weights mean the same tokens."""
     source = plan.options.weights_from
     directory = host.on_first(lambda: next(filter(list_checkpoints, (source / "checkpoints", source)), None))
-    # The other run may be writing there: nothing is put in order.
-    checkpoint = latest_sound(directory, report=plan.say, repair=False) if directory else open_checkpoint(source)
+    if directory:  # the other run may be writing there: nothing is put in order
+        checkpoint = latest_sound(directory, report=plan.say, repair=False, kinds=(WEIGHTS,))
+    else:
+        checkpoint = open_checkpoint(source, kinds=(WEIGHTS,))
     host.together(checkpoint.hold)  # its run may delete it before the engine is built
     state = checkpoint.global_state.get("identity", {})
     here = identity(plan.run, plan.data)
@@ -90,4 +100,28 @@ def find_weights(plan: Plan) -> InitialWeights:
         "step": checkpoint.step,
         "sha256": checkpoint.manifest["sha256"],
     }
-    return InitialWeights(checkpoint, origin, f", with {', '.join(changed)}" if changed else "")
+    same_model = "model" in checkpoint.run_config and checkpoint.model_config == plan.run.model
+    return InitialWeights(checkpoint, same_model, origin, f", with {', '.join(changed)}" if changed else "")
+
+
+def check_restored(checkpoint: Checkpoint, now: Fingerprint, plan: Plan) -> None:
+    """Refuse to go on with a model that computes something else than the one that was saved. Collective.
+
+    now: of the restored model, on the tokens of the checkpoint's fingerprint.
+    """
+
+    def check() -> None:
+        difference = compare_fingerprints(checkpoint.fingerprint, now)
+        if difference is None:
+            return
+        before, here = checkpoint.manifest["code"], code_versions()
+        changed = [f"{name} {before.get(name)} -> {here.get(name)}" for name in here if before.get(name) != here[name]]
+        versions = f"other versions ({', '.join(changed)})" if changed else "the same versions"
+        raise UserError(
+            f"the model restored from {checkpoint.path} does not compute what it did when it was saved: {difference}. "
+            f"The files are as they were written, so the code or the machine computes otherwise: {versions}, kernels "
+            f"{plan.ops.backend}. Use the code and versions that saved it, or another machine, or "
+            "train.kernels=reference; a run from other weights needs another --run_dir"
+        )
+
+    host.together(check)

@@ -1,7 +1,6 @@
 """The folder on the disk: round trip, damage, foreign folders, interrupted saves, retention. No engine, one rank."""
 
 import errno
-import hashlib
 import itertools
 import json
 import os
@@ -25,9 +24,9 @@ from megaslm.checkpoint import (
     write_checkpoint,
 )
 from megaslm.checkpoint import folder as folder_module
-from megaslm.checkpoint import format as format_module
 from megaslm.checkpoint.folder import assign_writers
-from megaslm.checkpoint.format import Checkpoint, read_manifest, write_manifest, write_safetensors
+from megaslm.checkpoint.format import Checkpoint, read_manifest, write_manifest
+from megaslm.checkpoint.safetensors_file import write_safetensors
 from megaslm.errors import UserError
 
 OPTIMIZER = {
@@ -121,15 +120,6 @@ def test_a_tensor_that_is_not_whole_gets_no_name(tmp_path, cut):
         with pytest.raises(AssertionError):
             write_checkpoint(tmp_path, pieces, step=1, run_config={}, global_state={}, optimizer=None)
     assert list_checkpoints(tmp_path) == []
-
-
-def test_large_tensors_are_written_in_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(format_module, "CHUNK", 1000)
-    tensors = {"a": torch.randn(333), "b": torch.randn(10, 50)}
-    entry = write_safetensors(tmp_path / "x.safetensors", tensors)
-    data = (tmp_path / "x.safetensors").read_bytes()
-    assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    assert all(torch.equal(load_file(tmp_path / "x.safetensors")[name], tensors[name]) for name in tensors)
 
 
 def test_every_flipped_byte_is_named(tmp_path):

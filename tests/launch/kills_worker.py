@@ -177,7 +177,13 @@ def save(folder: str, step: str, keep_last: str) -> None:
     kinds = ("weights", "exp_avg")
     pieces = {kind: {"a": Piece.whole(torch.full((2, 3), float(step)))} for kind in kinds}
     optimizer = {"type": "adam", "moments": kinds[1:], "steps": {}, "weight_decay": {}, "loss_scaler": None}
-    write_checkpoint(folder, pieces, step=int(step), run_config={}, global_state={}, optimizer=optimizer)
+    options = {
+        "run_config": {},
+        "global_state": {},
+        "optimizer": optimizer,
+        "tokenizer_files": {"tokenizer.json": "{}"},
+    }
+    write_checkpoint(folder, pieces, step=int(step), **options)
     apply_retention(folder, Retention(int(keep_last), rolling_names=True))
 
 

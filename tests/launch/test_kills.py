@@ -34,8 +34,8 @@ PLACES = {
     "train step": [("training/engine.py", "train_step")],
     "metrics": [("training/metrics.py", "write")],
     "host copy": [("checkpoint/deepspeed_state.py", "pieces"), ("checkpoint/buffers.py", "copy")],
-    "tensor file": [("checkpoint/format.py", "write_safetensors")],
-    "fsync": [("checkpoint/format.py", "flush_to_disk"), ("megaslm/files.py", "sync_folder")],
+    "tensor file": [("checkpoint/safetensors_file.py", "write_safetensors")],
+    "fsync": [("megaslm/files.py", "flush_to_disk"), ("megaslm/files.py", "sync_folder")],
     "manifest": [("checkpoint/format.py", "write_manifest")],
     "renames": [("checkpoint/folder.py", "_publish")],
     "retention": [("checkpoint/folder.py", name) for name in ("_set_rolling_names", "_delete")],
@@ -140,7 +140,7 @@ def unsound(folder: Path) -> list[Path]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def hidden(folder: Path) -> list[str]:
@@ -232,9 +232,19 @@ def test_the_checkpoints_are_those_of_a_run_without_kills(killed):
 
 
 # What changes the disk.
-FOLDER = ("_prepare", "_publish", "apply_retention", "_set_rolling_names", "_delete", "_remove", "_undo")
+FOLDER = (
+    "_prepare",
+    "_publish",
+    "apply_retention",
+    "_set_rolling_names",
+    "_delete",
+    "_remove",
+    "_undo",
+    "_write_texts",
+)
 SAVE = [("checkpoint/folder.py", name) for name in FOLDER]
-SAVE += [("checkpoint/format.py", "write_"), ("megaslm/files.py", "sync_folder"), ("shutil.py", "_rmtree")]
+SAVE += [("checkpoint/format.py", "write_"), ("checkpoint/safetensors_file.py", "write_")]
+SAVE += [("megaslm/files.py", "sync_folder"), ("shutil.py", "_rmtree")]
 OPEN = [("training/run_dir.py", ""), ("training/metrics.py", "")]
 
 

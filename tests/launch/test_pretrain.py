@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from megaslm.config import list_presets, load_run_config
+from megaslm.evaluation import MeanLoss
 from megaslm.training import loop
-from megaslm.training.evaluation import Evaluation, MeanLoss
+from megaslm.training.evaluation import Evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAIN_KEYS = {"kind", "step", "samples", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "ms_per_step"}

@@ -8,7 +8,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import weakref
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,8 +15,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from megaslm.checkpoint import Piece, compare_checkpoints, inspect_path, inspection, report_json, write_checkpoint
-from megaslm.checkpoint.format import read_manifest, write_manifest, write_safetensors
+from megaslm.checkpoint import (
+    Piece,
+    compare_checkpoints,
+    comparison,
+    inspect_path,
+    inspection,
+    report_json,
+    write_checkpoint,
+)
+from megaslm.checkpoint.format import read_manifest, write_manifest
+from megaslm.checkpoint.safetensors_file import write_safetensors
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "tools" / "inspect_checkpoint.py"
@@ -388,7 +396,7 @@ NAN, INF = math.nan, math.inf
     ids=["signed zero", "same NaN", "finite beside NaN", "NaN", "inf", "from zero", "over the range of fp32"],
 )
 def test_bits_and_numbers_that_are_not_finite(tmp_path, monkeypatch, a, b, expected, chunk):
-    monkeypatch.setattr(inspection, "CHUNK", chunk)
+    monkeypatch.setattr(comparison, "CHUNK", chunk)
     report = compare_checkpoints(write_weights(tmp_path / "a", w=a), write_weights(tmp_path / "b", w=b))
     part = report.tensors[0]
     differing, largest, relative, nonfinite_a, nonfinite_b, differing_nonfinite = expected
@@ -578,22 +586,3 @@ def test_json_is_strict(tmp_path, tool):
     assert report["values"]["global_state"] == [{"name": "progress.interval_loss", "a": "-Infinity", "b": "NaN"}]
     assert report["tensors"][1]["relative"] == {"value": "Infinity", "name": "norm"}
     assert load_strictly(report_json(inspect_path(b, tensors=True)))["tensors"][2]["mean"] is None
-
-
-def test_tensors_are_held_one_at_a_time(tmp_path, monkeypatch):
-    held, most, read = [], [], inspection._read
-
-    def watched(*arguments) -> Tensor:
-        tensor = read(*arguments)
-        assert not arguments[0]._files  # open files stay mapped
-        held.append(weakref.ref(tensor))
-        most.append(sum(one() is not None for one in held))
-        return tensor
-
-    monkeypatch.setattr(inspection, "_read", watched)
-    path = write(tmp_path)
-    compare_checkpoints(path, path)
-    assert len(most) == 24 and max(most) == 2
-    most.clear()
-    inspect_path(path, tensors=True)
-    assert len(most) == 12 and max(most) == 1
