@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The main job on any machine: installs megaslm into .venv if need be, then pretrains the quickstart preset.
+# The main job on any machine: installs megaslm into .venv if need be, pretrains the quickstart preset, exports the model
+# to a Hugging Face folder, proves the export equal, and lets the exported model write something.
 #   bash launch/quickstart.sh [arguments of launch/pretrain.py, as in train.max_steps=100]
 # Paths among the arguments are relative to the repository.
 set -euo pipefail
@@ -9,6 +10,19 @@ bash "$root/launch/install.sh"
 cd "$root"
 export PATH="$root/.venv/bin:$PATH"
 
+run_dir="" previous=""
+for argument in "$@"; do
+    case "$argument" in
+    -h | --help | --help_config | --list_presets | --print_config) exec python launch/pretrain.py "$@" ;;
+    --run_dir=*) run_dir="${argument#*=}" ;;
+    esac
+    [ "$previous" = --run_dir ] && run_dir="$argument"
+    previous="$argument"
+done
+if [ -z "$run_dir" ]; then
+    run_dir="runs/$(python launch/pretrain.py --print_config "$@" | python -c 'import json, sys; print(json.load(sys.stdin)["name"])')"
+fi
+
 launcher=(deepspeed --log_level error) # of the launcher only, which is chatty
 if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     # Left alone the launcher starts a rank per NUMA node, and warns that it chose the CPU.
@@ -17,4 +31,10 @@ if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; the
 else
     launcher+=(--num_gpus 1) # a model this small and a batch of 8 gain nothing from more
 fi
-exec "${launcher[@]}" launch/pretrain.py --ds_config ds_configs/zero2.json "$@"
+"${launcher[@]}" launch/pretrain.py --ds_config ds_configs/zero2.json "$@"
+
+[ -d "$run_dir/checkpoints" ] || exit 0 # --dry_run
+echo
+python tools/convert_to_hf.py --checkpoint "$run_dir" --output "$run_dir/export" --overwrite
+echo
+python tools/generate.py --model "$run_dir/export" --prompt $'def main():\n' --max_new_tokens 60

@@ -2,6 +2,8 @@
 
 from megaslm.checkpoint.background import BackgroundSave
 from megaslm.checkpoint.buffers import HostBuffers
+from megaslm.checkpoint.comparison import Comparison, KindComparison, compare_checkpoints
+from megaslm.checkpoint.fingerprint import NUM_TOKENS, Fingerprint, compare_fingerprints, take_fingerprint
 from megaslm.checkpoint.folder import (
     Retention,
     SaveFailed,
@@ -9,22 +11,28 @@ from megaslm.checkpoint.folder import (
     checkpoint_name,
     checkpoint_step,
     clear_leftovers,
+    code_versions,
     latest_sound,
     list_checkpoints,
     write_checkpoint,
 )
-from megaslm.checkpoint.format import Checkpoint, DamagedCheckpoint, Piece, open_checkpoint
+from megaslm.checkpoint.format import WEIGHTS, Checkpoint, DamagedCheckpoint, Piece, open_checkpoint
+from megaslm.checkpoint.huggingface.export import EXPORT_RECORD, ExportResult, export_checkpoint, verify_export
+from megaslm.checkpoint.huggingface.folder import HuggingFaceFolder
+from megaslm.checkpoint.huggingface.hub import push_export, sign_in
+from megaslm.checkpoint.huggingface.importing import ImportResult, import_model
+from megaslm.checkpoint.huggingface.memory import as_transformers
+from megaslm.checkpoint.huggingface.parity import ExportDiffers, LogitsCheck, compare_logits
 from megaslm.checkpoint.inspection import (
     CheckpointReport,
-    Comparison,
     Contents,
     FolderReport,
-    KindComparison,
     TensorStatistics,
-    compare_checkpoints,
     inspect_path,
     report_json,
 )
+from megaslm.checkpoint.opening import ModelSource, open_model
+from megaslm.checkpoint.safetensors_file import LazyTensor
 from megaslm.checkpoint.save import (
     NoHostMemory,
     Snapshot,
@@ -42,29 +50,51 @@ __all__ = [
     "Comparison",
     "Contents",
     "DamagedCheckpoint",
+    "EXPORT_RECORD",
+    "ExportDiffers",
+    "ExportResult",
+    "Fingerprint",
     "FolderReport",
-    "KindComparison",
     "HostBuffers",
+    "HuggingFaceFolder",
+    "ImportResult",
+    "KindComparison",
+    "LazyTensor",
+    "LogitsCheck",
+    "ModelSource",
+    "NUM_TOKENS",
     "NoHostMemory",
     "Piece",
     "Retention",
     "SaveFailed",
     "Snapshot",
     "TensorStatistics",
+    "WEIGHTS",
     "apply_retention",
+    "as_transformers",
     "check_compatible",
     "check_engine",
     "checkpoint_name",
     "checkpoint_step",
     "clear_leftovers",
+    "code_versions",
     "compare_checkpoints",
+    "compare_fingerprints",
+    "compare_logits",
+    "export_checkpoint",
+    "import_model",
     "inspect_path",
     "latest_sound",
     "list_checkpoints",
     "open_checkpoint",
+    "open_model",
+    "push_export",
     "report_json",
     "restore",
     "save_checkpoint",
+    "sign_in",
+    "take_fingerprint",
     "take_snapshot",
+    "verify_export",
     "write_checkpoint",
 ]
