@@ -168,6 +168,21 @@ def command(ranks, monkeypatch, capfd):
     return run
 
 
+@pytest.fixture
+def run_tool(monkeypatch, capfd):
+    """run_tool(name, argument, ...) -> Finished: a command of tools/ in this process."""
+
+    def run(name: str, *arguments) -> Finished:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+        out, err = capfd.readouterr()
+        return Finished(end.value.code or 0, out, err)
+
+    return run
+
+
 @pytest.fixture(scope="session", name="free_port")
 def _free_port():
     """free_port() -> a port of this machine that nobody listens on."""

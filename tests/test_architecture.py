@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "parallel": {"model", "kernels", "config"},
     "checkpoint": {"parallel", "model", "kernels", "config", "data"},
     "generation": {"parallel", "model", "kernels", "config", "data"},
-    "training": {"checkpoint", "generation", "parallel", "model", "kernels", "config", "data"},
+    "evaluation": {"checkpoint", "generation", "parallel", "model", "kernels", "config", "data"},
+    "training": {"evaluation", "checkpoint", "generation", "parallel", "model", "kernels", "config", "data"},
     "kernels": set(),
 }
 PARTS = set(MAY_IMPORT)

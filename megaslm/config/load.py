@@ -115,6 +115,18 @@ def load_run_config(preset_or_file: str, overrides: Sequence[str] = ()) -> RunCo
     return config
 
 
+def recorded_run_config(values: dict[str, Any], source: str) -> RunConfig:
+    """The run config that a run left behind, in its folder or a checkpoint; `source` names that in an error.
+
+    Raises UserError that lists what this version does not understand of it.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        mistakes = explain(error, RunConfig, lambda location: "")
+        raise UserError(listing(f"Run configuration of {source}", mistakes)) from error
+
+
 def list_presets() -> dict[str, str]:
     """Name -> one-line description of every preset, in the order of the names."""
     return {name: _parse_json(text, name)["description"] for name, text in sorted(_presets().items())}

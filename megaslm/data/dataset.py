@@ -232,6 +232,9 @@ class ValidationData:
         seq_length: S, tokens of a window.
         split: read the second part of each file's sequences; None: all of it.
         vocab_size, tokenizer_fingerprint, mask_documents: as in TrainingData.
+        stride: tokens from the start of a window to that of the next, 1 to S. Below S they overlap, and only the
+            targets that no window before has are read: all but the first S have S - stride or more tokens of context.
+            Not of packed files, whose bins have nothing in common. None: S.
 
     Attributes:
         tokenizer_fingerprint: as in TrainingData.
@@ -248,19 +251,30 @@ class ValidationData:
         vocab_size: int | None = None,
         tokenizer_fingerprint: str | None = None,
         mask_documents: bool = False,
+        stride: int | None = None,
     ):
         if not prefixes:
             raise UserError("no validation data: give token files (data.validation) or a split with a second part")
         self.seq_length, self.mask_documents = seq_length, mask_documents
+        self.stride = seq_length if stride is None else stride
+        if not 1 <= self.stride <= seq_length:
+            raise UserError(f"stride {stride}: give 1 to {seq_length}, the tokens of a window")
         self.parts = [TokenRange(p, split, "validation", vocab_size, tokenizer_fingerprint) for p in prefixes]
         self.tokenizer_fingerprint = common_tokenizer(self.parts)
         for part in self.parts:
             part.check_seq_length(seq_length)
             if len(part) < 2:
                 raise UserError(f"the validation part of {part.prefix} has {len(part)} token: two are the least")
+            if part.bin_length and self.stride != seq_length:
+                raise UserError(
+                    f"stride {stride}: {part.prefix} is packed, and windows may not overlap over its bins; leave the "
+                    "stride out, or give a file that is not packed"
+                )
         self.padding_share = padding_share(self.parts)
         windows = [
-            len(part) // part.bin_length if part.bin_length else -(-(len(part) - 1) // seq_length)
+            len(part) // part.bin_length
+            if part.bin_length
+            else 1 + max(0, -(-(len(part) - 1 - seq_length) // self.stride))
             for part in self.parts
         ]
         self._firsts = np.array([0, *accumulate(windows)], np.int64)
@@ -282,12 +296,14 @@ class ValidationData:
         stop = max(first, min(first + count, self.num_windows))
         for index, part in enumerate(self.parts):
             low, high = (min(max(int(bound), first), stop) for bound in self._firsts[index : index + 2])
-            starts = (np.arange(low, high) - self._firsts[index]) * (part.bin_length or self.seq_length)
+            starts = (np.arange(low, high) - self._firsts[index]) * (part.bin_length or self.stride)
             for row, start in enumerate(starts.tolist(), low - first):
                 ids = part.tokens[start : start + self.seq_length + 1]
                 part.check_ids(start, ids)
                 tokens[row, : len(ids) - 1] = ids[:-1]
                 targets[row, : len(ids) - 1] = ids[1:]
+                if start:
+                    targets[row, : self.seq_length - self.stride] = IGNORED_TARGET  # the window before has them
                 if part.padding_id is not None:
                     targets[row, (tokens[row] == part.padding_id) & (targets[row] == part.padding_id)] = IGNORED_TARGET
             if self.mask_documents and low < high:

@@ -91,8 +91,13 @@ def test_blend_of_datasets(write_tokens):
 
 
 @settings(max_examples=60, deadline=None)
-@given(sizes=st.lists(st.integers(2, 60), min_size=1, max_size=3), seq=st.integers(1, 20), batch=st.integers(1, 7))
-def test_validation_reads_every_target_once(tmp_path_factory, sizes, seq, batch):
+@given(
+    sizes=st.lists(st.integers(2, 60), min_size=1, max_size=3),
+    seq=st.integers(1, 20),
+    batch=st.integers(1, 7),
+    stride=st.none() | st.integers(1, 20),
+)
+def test_validation_reads_every_target_once(tmp_path_factory, sizes, seq, batch, stride):
     folder = tmp_path_factory.mktemp("validation")
     prefixes = []
     for i, size in enumerate(sizes):
@@ -100,13 +105,18 @@ def test_validation_reads_every_target_once(tmp_path_factory, sizes, seq, batch)
         with TokenFileWriter(prefixes[-1], 1000) as writer:
             writer.append(np.arange(size) + 100 * i + 1)
             writer.finish()
-    data = ValidationData(prefixes, seq)
+    stride = None if stride is None else min(stride, seq)
+    data = ValidationData(prefixes, seq, stride=stride)
     found = []
     for first in range(0, data.num_windows + 2 * batch, batch):
         tokens, targets, _ = data.batch(first, batch)
         assert tokens.shape == targets.shape == (batch, seq) and tokens.dtype == targets.dtype == np.int64
         kept = targets != IGNORED_TARGET
-        assert np.array_equal(tokens[kept] + 1, targets[kept]) and not tokens[~kept].any()
+        assert np.array_equal(tokens[kept] + 1, targets[kept]) and (stride or not tokens[~kept].any())
+        for row, scored in zip(tokens, kept, strict=True):
+            context = np.flatnonzero(scored)[:1]  # tokens before the first that is scored with its own target
+            start_of_file = context.size and row[0] % 100 == 1
+            assert start_of_file or not context.size or context[0] >= seq - (stride or seq)
         found += targets[kept].tolist()
     assert found == [100 * i + 1 + t for i, size in enumerate(sizes) for t in range(1, size)]
     assert data.num_targets == len(found)

@@ -1,0 +1,209 @@
+"""lm-evaluation-harness on our models: tasks with local data, against each request computed by itself."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from megaslm.config import ModelConfig
+from megaslm.data import load_tokenizer, train_bpe
+from megaslm.errors import UserError
+from megaslm.evaluation import run_harness
+from megaslm.generation import GenerationOptions, Generator
+from megaslm.model import build_model
+
+pytest.importorskip("lm_eval")
+
+QUESTIONS = [
+    {"question": "the cat sees", "choices": [" a dog", " one bird", " nothing at all"], "answer": 0},
+    {"question": "one bird runs. a dog", "choices": [" runs.", " sees", " the"], "answer": 1},
+    {"question": "", "choices": ["the", "a dog runs", "one"], "answer": 2},
+    {"question": "a dog runs. " * 12, "choices": ["the cat", "a dog", "one bird sees the cat"], "answer": 1},
+    {"question": "birds and ", "choices": ["cats", "dogs"], "answer": 1},
+]
+TEXTS = ["the cat sees a dog", "one bird runs. " * 12, "dogs"]
+COMMON = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+"""
+CHOICE = """
+output_type: multiple_choice
+target_delimiter: ""
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+ROLLING = """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]
+"""
+CONTEXT = 24
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_bpe(iter([*TEXTS, *(one["question"] for one in QUESTIONS)] * 3), 270).save(folder)
+    return load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        context_length=CONTEXT,
+        num_layers=2,
+        hidden_size=32,
+        num_heads=4,
+        ffn_hidden_size=48,
+        init_std=0.3,
+    )
+    return build_model(config, seed=5).eval()
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder of tasks of our own: choice, rolling, and one whose data lies on the hub."""
+    folder = tmp_path_factory.mktemp("tasks")
+    for name, form, rows in (
+        ("choice", CHOICE, QUESTIONS),
+        ("rolling", ROLLING, [{"text": text} for text in TEXTS]),
+    ):
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{name}.yaml").write_text(COMMON.format(name=f"our_{name}", data=data) + form)
+    (folder / "hub.yaml").write_text("task: our_hub\ndataset_path: nobody/nothing\ntest_split: test\n" + CHOICE)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def harness_model(model, tokenizer):
+    from megaslm.evaluation.harness_model import HarnessModel
+
+    return HarnessModel(model, tokenizer, batch_size=3, quiet=True)
+
+
+def requests(kind: str, *arguments: tuple):
+    from lm_eval.api.instance import Instance
+
+    return [Instance(kind, {}, one, index) for index, one in enumerate(arguments)]
+
+
+@torch.no_grad()
+def log_likelihood(model, context: list[int], tokens: list[int]) -> float:
+    """One request by itself: the last tokens of what fits."""
+    window = [*context, *tokens][-CONTEXT - 1 :]
+    log_probs = model(torch.tensor([window[:-1]]))[0].double().log_softmax(-1)
+    return sum(log_probs[at - 1, window[at]].item() for at in range(len(window) - len(tokens), len(window)))
+
+
+def encode_pair(tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """As the harness defines it: spaces between the two belong to the continuation, a text begins behind eod."""
+    kept = context.rstrip()
+    whole = tokenizer.encode(context + continuation).tolist()
+    ids = tokenizer.encode(kept).tolist()
+    return ids or [tokenizer.eod_id], whole[len(ids) :]
+
+
+def test_accuracy_of_a_task_of_our_own(model, tokenizer, tasks):
+    found = run_harness(model, tokenizer, ["our_choice"], include_path=tasks, batch_size=4)
+    right = []
+    for one in QUESTIONS:
+        scores = [log_likelihood(model, *encode_pair(tokenizer, one["question"], choice)) for choice in one["choices"]]
+        right.append(max(range(len(scores)), key=scores.__getitem__) == one["answer"])
+    assert 0 < sum(right) < len(right)
+    assert found["results"]["our_choice"]["acc,none"] == sum(right) / len(right)
+    limited = run_harness(model, tokenizer, ["our_choice"], include_path=tasks, limit=2, num_fewshot=0)
+    assert limited["results"]["our_choice"]["acc,none"] == sum(right[:2]) / 2
+
+
+def test_every_likelihood_is_that_of_the_request_alone(model, tokenizer, harness_model):
+    pairs = [(one["question"], choice) for one in QUESTIONS for choice in one["choices"]]
+    found = harness_model.loglikelihood(requests("loglikelihood", *pairs))
+    for (context, continuation), (value, _) in zip(pairs, found, strict=True):
+        expected = log_likelihood(model, *encode_pair(tokenizer, context, continuation))
+        assert value == pytest.approx(expected, abs=1e-4), (context, continuation)
+
+
+def test_a_continuation_that_its_context_swallows_is_encoded_by_itself(model, tokenizer, harness_model):
+    text = max((tokenizer.decode([token]) for token in range(tokenizer.vocab_size)), key=len)
+    context, continuation = text[:-1], text[-1]
+    assert len(tokenizer.encode(text)) == 1 == len(tokenizer.encode(continuation))
+    ids = tokenizer.encode(context).tolist(), tokenizer.encode(continuation).tolist()
+    ((value, _),) = harness_model.loglikelihood(requests("loglikelihood", (context, continuation)))
+    assert value == pytest.approx(log_likelihood(model, *ids), abs=1e-4)
+
+
+def test_perplexity_of_whole_texts(model, tokenizer, tasks):
+    found = run_harness(model, tokenizer, ["our_rolling"], include_path=tasks)
+    total = 0.0
+    for text in TEXTS:
+        ids = tokenizer.encode(text).tolist()
+        for start in range(0, len(ids), CONTEXT):  # each window as far back as the context reaches
+            end = min(start + CONTEXT, len(ids))
+            total += log_likelihood(model, [tokenizer.eod_id, *ids[:start]], ids[start:end])
+    expected = math.exp(-total / sum(len(text.encode()) for text in TEXTS))
+    assert found["results"]["our_rolling"]["byte_perplexity,none"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_generations_end_before_their_stop_strings(model, tokenizer, harness_model):
+    contexts = ["the cat", "a dog runs. one bird sees", "the cat sees a dog runs. " * 4]
+    asked = {"until": ["e"], "max_gen_toks": 10, "temperature": 0.7, "top_p": 0.9, "do_sample": False}
+    found = harness_model.generate_until(requests("generate_until", *((context, asked) for context in contexts)))
+    generator = Generator(model, tokenizer)
+    for context, text in zip(contexts, found, strict=True):
+        prompt = tokenizer.encode(context).tolist()[-(CONTEXT - 10) :]
+        (alone,) = generator.generate([prompt], GenerationOptions(max_new_tokens=10, stop=("e",)))
+        assert text == alone.text.split("e")[0]
+    with pytest.raises(UserError, match="num_beams"):
+        harness_model.generate_until(requests("generate_until", ("a", {"num_beams": 4})))
+
+
+def test_a_tokenizer_without_an_end_of_document(model, tokenizer):
+    from megaslm.evaluation.harness_model import HarnessModel
+
+    without = load_tokenizer(tokenizer.name)
+    without.eod_id = None
+    adapter = HarnessModel(model, without, 2, quiet=True)
+    assert len(adapter.loglikelihood(requests("loglikelihood", ("the", " cat")))) == 1
+    with pytest.raises(UserError, match="no end-of-document token"):
+        adapter.loglikelihood_rolling(requests("loglikelihood_rolling", ("the cat",)))
+
+
+def test_what_cannot_be_had(model, tokenizer, tasks, monkeypatch):
+    import datasets
+    from lm_eval.tasks import TaskManager
+
+    def offline(*_, **__):
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(UserError, match=r"our_hub cannot be loaded \(Couldn't reach the Hub\).*needs a network"):
+        run_harness(model, tokenizer, ["our_hub"], include_path=tasks)
+    with pytest.raises(UserError, match="no folder .*/none with"):
+        run_harness(model, tokenizer, ["our_hub"], include_path=tasks / "none")
+    listed = TaskManager.__init__
+    monkeypatch.setattr(
+        TaskManager, "__init__", lambda self, **options: listed(self, include_path=tasks, include_defaults=False)
+    )
+    with pytest.raises(UserError, match="no task nothing, neither in .* nor in the harness"):
+        run_harness(model, tokenizer, ["nothing", "our_hub"], include_path=tasks)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match="need lm-evaluation-harness .*pip install"):
+        run_harness(model, tokenizer, ["our_choice"], include_path=tasks)
