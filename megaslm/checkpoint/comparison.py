@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Container
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megaslm.checkpoint.fingerprint import Fingerprint, compare_fingerprints
+from megaslm.checkpoint.fingerprint import Fingerprint, compare_fingerprints, why_not_comparable
 from megaslm.checkpoint.folder import list_checkpoints
 from megaslm.checkpoint.format import TOKENIZER, Checkpoint
 from megaslm.checkpoint.inspection import CHUNK, CheckpointReport, find_directory, look, read_flattened, readable
@@ -68,7 +69,7 @@ class Comparison:
     """How checkpoint B differs from checkpoint A.
 
     Left out, since two runs of the same command differ in them: `written`, `code`, progress.seconds, how the tensors
-    are cut into pieces and files; fingerprints within their tolerance, or of other tokens; and what older checkpoints
+    are cut into pieces and files; fingerprints within their tolerance, or not comparable; and what older checkpoints
     do not have, a fingerprint and a tokenizer.
 
     Attributes:
@@ -77,6 +78,7 @@ class Comparison:
         values: {"step" | "run_config" | "global_state" | "marks" | "fingerprint" | "tokenizer" | "optimizer" |
             "optimizer.steps" | "optimizer.weight_decay": [{name, a, b}]}; `a` or `b` is absent where there is no such
             name. "fingerprint" and "tokenizer" (the hashes of its files) where both have one.
+        not_comparable: {"fingerprint": why} where both have one, and they say nothing of each other.
         only_in_a, only_in_b: parameters.
         shapes: parameters of different shapes, {name, a, b}.
         tensors: one entry for every kind that both have.
@@ -88,6 +90,7 @@ class Comparison:
     b: CheckpointReport
     equal: bool
     values: dict[str, list[dict[str, Any]]]
+    not_comparable: dict[str, str]
     only_in_a: list[str]
     only_in_b: list[str]
     shapes: list[dict[str, Any]]
@@ -122,8 +125,12 @@ def compare_checkpoints(a: str | Path, b: str | Path, *, quick: bool = False, sh
             opened.append(look(path, quick))
     (report_a, one), (report_b, other) = opened
     if one is None or other is None:
-        return Comparison(report_a, report_b, False, {}, [], [], [], [], show)
-    values = _compare_values(one, other)
+        return Comparison(report_a, report_b, False, {}, {}, [], [], [], [], show)
+    obstacle = None
+    if one.fingerprint and other.fingerprint:
+        obstacle = why_not_comparable(one.fingerprint, other.fingerprint)
+    not_comparable = {"fingerprint": obstacle} if obstacle else {}
+    values = _compare_values(one, other, leave_out=not_comparable)
     both = one.shapes.keys() & other.shapes.keys()
     shapes = [
         {"name": name, "a": list(one.shapes[name]), "b": list(other.shapes[name])}
@@ -136,10 +143,10 @@ def compare_checkpoints(a: str | Path, b: str | Path, *, quick: bool = False, sh
     only_in_a, only_in_b = (sorted(x.shapes.keys() - y.shapes.keys()) for x, y in ((one, other), (other, one)))
     equal = not (any(values.values()) or only_in_a or only_in_b or shapes)
     equal = equal and all(part.identical == len(names) for part in tensors)
-    return Comparison(report_a, report_b, equal, values, only_in_a, only_in_b, shapes, tensors, show)
+    return Comparison(report_a, report_b, equal, values, not_comparable, only_in_a, only_in_b, shapes, tensors, show)
 
 
-def _compare_values(a: Checkpoint, b: Checkpoint) -> dict[str, list[dict[str, Any]]]:
+def _compare_values(a: Checkpoint, b: Checkpoint, leave_out: Container[str]) -> dict[str, list[dict[str, Any]]]:
     """What differs in the two manifests, but for files and tensors; see `Comparison.values`."""
 
     def timeless(state: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +161,7 @@ def _compare_values(a: Checkpoint, b: Checkpoint) -> dict[str, list[dict[str, An
         "global_state": _differences(timeless(a.global_state), timeless(b.global_state)),
         "marks": _differences(a.manifest["marks"], b.manifest["marks"]),
     }
-    if a.fingerprint and b.fingerprint and a.fingerprint.tokens == b.fingerprint.tokens:
+    if a.fingerprint and b.fingerprint and "fingerprint" not in leave_out:
         values["fingerprint"] = _compare_fingerprints(a.fingerprint, b.fingerprint)
     tokenizers = [_tokenizer_hashes(x) for x in (a, b)]
     if all(tokenizers):
@@ -174,7 +181,8 @@ def _compare_values(a: Checkpoint, b: Checkpoint) -> dict[str, list[dict[str, An
 def _compare_fingerprints(a: Fingerprint, b: Fingerprint) -> list[dict[str, Any]]:
     if compare_fingerprints(a, b) is None:
         return []
-    return _differences(*({name: value for name, value in asdict(x).items() if name != "tokens"} for x in (a, b)))
+    both = a.figures.keys() & b.figures.keys()
+    return _differences(*({name: asdict(x.figures[name]) for name in both} for x in (a, b)))
 
 
 def _tokenizer_hashes(checkpoint: Checkpoint) -> dict[str, str]:

@@ -12,7 +12,6 @@ All ranks must see the same folder: on several nodes it lies on a shared file sy
 
 import contextlib
 import errno
-import glob
 import hashlib
 import itertools
 import logging
@@ -30,6 +29,7 @@ from typing import Any
 import megaslm
 from megaslm.checkpoint.fingerprint import Fingerprint
 from megaslm.checkpoint.format import (
+    FILE_NAME,
     TOKENIZER,
     WEIGHTS,
     Checkpoint,
@@ -156,6 +156,9 @@ def write_checkpoint(
         SaveFailed: disk full, no permission, ...: names the file and the newest checkpoint that is there.
         UserError: there is something under `name`.
     """
+    for text_name in tokenizer_files or ():
+        assert FILE_NAME.fullmatch(f"{TOKENIZER}/{text_name}"), f"{text_name!r} is no name of a file"
+    assert name is None or FILE_NAME.fullmatch(name) and "/" not in name, f"{name!r} is no name of a folder"
     tokenizer_files = tokenizer_files if tokenizer_files and host.rank() == 0 else {}  # one rank writes it
     mine = sum(piece.nbytes for part in pieces.values() for piece in part.values())
     mine += sum(len(text.encode()) for text in tokenizer_files.values())
@@ -178,10 +181,10 @@ def write_checkpoint(
         manifest["files"] |= part_files
         for kind, part in part_entries.items():
             tensors = manifest["tensors"].setdefault(kind, {})
-            for name, (shape, piece) in part.items():
-                tensors.setdefault(name, {"shape": shape, "pieces": []})["pieces"].append(piece)
+            for parameter, (shape, piece) in part.items():
+                tensors.setdefault(parameter, {"shape": shape, "pieces": []})["pieces"].append(piece)
     _check_pieces(manifest["tensors"])
-    save.together(lambda: _publish(hidden, save.final, manifest) if host.rank() == 0 else None, cleanup=hidden)
+    save.together(lambda: _publish(hidden, save, manifest) if host.rank() == 0 else None, cleanup=hidden)
     return save.final
 
 
@@ -420,18 +423,22 @@ def _prepare(save: _Save) -> Path:
         _undo_interrupted_replacements(directory)
         clear_leftovers(directory)
     else:  # the folder is not a run's: what else is in it is none of our business
-        if final.is_symlink() or (final.exists() and not (final.is_dir() and not any(final.iterdir()))):
-            raise UserError(f"{final} exists and is not an empty folder; choose another name, or move it away")
-        for stale in directory.glob(f".{glob.escape(save.name)}.*.tmp"):
-            _remove(stale)
+        # Nor is a hidden folder of the same name, which another process may be writing.
+        _check_free(final)
     free = shutil.disk_usage(directory).free
     if free < save.needed + MANIFEST_ROOM:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {_gigabytes(free)} left")
     for i in itertools.count():  # a leftover that can't be deleted is no reason never to save again
         hidden = directory / f".{final.name}.{i}.tmp"
-        if not hidden.exists():
+        with contextlib.suppress(FileExistsError):
             hidden.mkdir()
             return hidden
+
+
+def _check_free(final: Path) -> None:
+    """UserError unless nothing, or an empty folder, has the name of a checkpoint that replaces none."""
+    if final.is_symlink() or (final.exists() and not (final.is_dir() and not any(final.iterdir()))):
+        raise UserError(f"{final} exists and is not an empty folder; choose another name, or move it away")
 
 
 def clear_leftovers(directory: Path) -> None:
@@ -496,13 +503,16 @@ def _write_texts(hidden: Path, folder: str, texts: Mapping[str, str]) -> dict[st
     return entries
 
 
-def _publish(hidden: Path, final: Path, manifest: dict[str, Any]) -> None:
+def _publish(hidden: Path, save: _Save, manifest: dict[str, Any]) -> None:
     """Write the manifest and give the folder its name, every step of it on the disk before the next."""
+    final = save.final
     serial = 1 + max((one.serial for one in summaries(final.parent)), default=0)
     write_manifest(hidden, {"serial": serial, **manifest})
     sync_folder(hidden)
     old = final.parent / f".{final.name}.old"
-    if final.exists():
+    if save.name is not None:
+        _check_free(final)  # somebody may have been faster; a rename over a folder that is not empty would fail
+    elif final.exists():
         final.rename(old)
     hidden.rename(final)
     # From here on the checkpoint is there, whatever else fails.

@@ -21,7 +21,8 @@ manifest.json:
                             epoch: the number of the epoch of training data that ended here, or null}
     optimizer               null, or {type: "adam", moments, steps: {parameter: count},
                             weight_decay: {parameter: rate}, loss_scaler: null or {...}}
-    fingerprint             what the model of this step computes, see fingerprint.py; null, or absent in older ones
+    fingerprint             null (absent in older ones), or what the model of this step computes, see fingerprint.py:
+                            {tokens, precision, loss, logits, rounded: {precision: {loss, logits}}}
     files                   {name: {bytes, sha256}}
     tensors                 {kind: {parameter: {shape, pieces: [{file, start, numel, block?}]}}}
 
@@ -37,8 +38,10 @@ the samples consumed, and the network has no dropout.
 
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,8 +57,10 @@ from megaslm.checkpoint.safetensors_file import LazyTensor, SafetensorsFile
 from megaslm.config import ModelConfig
 from megaslm.data import Tokenizer
 from megaslm.errors import UserError
-from megaslm.files import flush_to_disk, side_by_side
+from megaslm.files import allow_open_files, flush_to_disk, refuse_too_many_files, side_by_side
 from megaslm.parallel import host
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "megaslm-checkpoint"
 FORMAT_VERSION = 2
@@ -65,6 +70,10 @@ WEIGHTS = "weights"
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 HASH_PLACE = "0" * 64
 FILES_AT_A_TIME = 8  # that are verified side by side
+
+
+# Of a file in the manifest: nothing outside of the folder, whoever wrote it.
+FILE_NAME = re.compile(rf"(?:{TOKENIZER}/)?(?!\.\.?\Z)[^/\\\0]+")
 
 
 class DamagedCheckpoint(UserError):
@@ -132,6 +141,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(text)
         known = manifest.get("format") == FORMAT
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        refuse_too_many_files(error)
         raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {MANIFEST} can't be read ({error})") from error
     if not known and "sha256" not in manifest:
         raise UserError(f"{path} is not the manifest of a megaslm checkpoint; point to a folder step_... of a run")
@@ -144,7 +154,18 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"checkpoint {folder} has format version {manifest['version']}, this megaslm reads {FORMAT_VERSION}: "
             f"use the megaslm that wrote it ({manifest.get('code')}), or {other}"
         )
+    _check_names(path, manifest)
     return manifest
+
+
+def _check_names(path: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a manifest that means files outside of its folder, or tensors in files whose hashes it does not have."""
+    files = manifest["files"]
+    pieces = (piece for part in manifest["tensors"].values() for entry in part.values() for piece in entry["pieces"])
+    strange = [name for name in files if not FILE_NAME.fullmatch(name)]
+    strange += [piece["file"] for piece in pieces if piece["file"] not in files]
+    if strange:
+        raise UserError(f"{path} was not written by megaslm: {strange[0]!r} is no file of a checkpoint; do not use it")
 
 
 def _describe_foreign(folder: Path) -> str:
@@ -192,6 +213,8 @@ class Checkpoint:
         self.run_config: dict[str, Any] = manifest["run_config"]
         self.global_state: dict[str, Any] = manifest["global_state"]
         self.optimizer: dict[str, Any] | None = manifest["optimizer"]
+        self._files: dict[str, SafetensorsFile] = {}
+        self._held_texts: dict[str, str] | None = None
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -219,27 +242,42 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> Fingerprint | None:
-        """What the model computed when it was saved; None in older checkpoints."""
+        """What the model computed when it was saved; None in older checkpoints.
+
+        None too, with a warning in the log, where a newer megaslm wrote it in another layout.
+        """
         found = self.manifest.get("fingerprint")
-        return None if found is None else Fingerprint.from_json(found)
+        try:
+            return None if found is None else Fingerprint.from_json(found)
+        except ValueError as error:
+            if host.rank() == 0:
+                logger.warning("checkpoint %s has %s: it is not compared", self.path, error)
+            return None
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer that lies in the checkpoint; None where it has none, as in older ones.
 
         Raises:
             DamagedCheckpoint: a file of it can't be read.
+            UserError: it is of a newer version, or no tokenizer that megaslm can use.
         """
+        files = self._held_texts if self._held_texts is not None else self._read_texts()
+        return Tokenizer(files, str(self.path / TOKENIZER)) if files else None
+
+    def _read_texts(self) -> dict[str, str]:
+        """The tokenizer's files by name."""
         names = [name for name in self.manifest["files"] if name.startswith(f"{TOKENIZER}/")]
         try:
-            files = {Path(name).name: (self.path / name).read_bytes().decode() for name in names}
-            return Tokenizer(files, str(self.path / TOKENIZER)) if files else None
-        except (OSError, UnicodeDecodeError, UserError) as error:
+            return {Path(name).name: (self.path / name).read_bytes().decode() for name in names}
+        except (OSError, UnicodeDecodeError) as error:
+            refuse_too_many_files(error)
             raise self._damaged(f"its tokenizer can't be read ({error})") from error
 
     def read(self, name: str, kind: str = WEIGHTS) -> Tensor:
         """One whole tensor, fp32 in host memory, in its global shape.
 
-        There is no second copy of it at any moment, and none is left when it is let go.
+        There is no second copy of it at any moment, and none is left when it is let go. Most tensors are mapped: see
+        `SafetensorsFile.map` for what a file that is cut short does then.
 
         Args:
             kind: "weights", or a moment such as "exp_avg".
@@ -273,32 +311,38 @@ class Checkpoint:
         return self._read_pieces(name, pieces, start, stop)
 
     def hold(self) -> None:
-        """Open the files of the tensors now: they can be read to the end, even if another process deletes the folder.
+        """Keep what can be read, even if another process deletes the folder: open files, and the tokenizer's texts.
+
+        On a local disk: a file system of the network may take away what another machine deletes.
 
         Raises:
             DamagedCheckpoint: a file can't be opened.
+            UserError: there are more files than this process may have open.
         """
-        for file in files_of(self.manifest, self.kinds):
-            if file.endswith(".safetensors"):
-                self._open(file)
+        names = [name for name in files_of(self.manifest, self.kinds) if name.endswith(".safetensors")]
+        allow_open_files(len(names))
+        for name in names:
+            self._files[name] = self._open(name, hold=True)
+        self._held_texts = self._read_texts()
 
     def close(self) -> None:
-        """Let go of the files, which else keep their room on the disk when deleted; a later read opens them again."""
+        """Let go of what is held, which else keeps its room on the disk when deleted; a later read opens it again."""
         for file in self._files.values():
             file.close()
         self._files.clear()
+        self._held_texts = None
 
-    @cached_property
-    def _files(self) -> dict[str, SafetensorsFile]:
-        return {}
+    def _open(self, name: str, hold: bool = False) -> SafetensorsFile:
+        try:
+            return SafetensorsFile(self.path / name, hold)
+        except (OSError, ValueError) as error:
+            refuse_too_many_files(error)
+            raise self._damaged(f"{name} can't be read ({error})") from error
 
-    def _open(self, file: str) -> SafetensorsFile:
-        if file not in self._files:
-            try:
-                self._files[file] = SafetensorsFile(self.path / file)
-            except (OSError, ValueError) as error:
-                raise self._damaged(f"{file} can't be read ({error})") from error
-        return self._files[file]
+    def _file(self, name: str) -> SafetensorsFile:
+        if name not in self._files:
+            self._files[name] = self._open(name)
+        return self._files[name]
 
     def _read_pieces(self, name: str, pieces: list[dict[str, Any]], start: int, stop: int) -> Tensor:
         """Elements [start, stop) of what the pieces make up, flattened."""
@@ -306,13 +350,14 @@ class Checkpoint:
         parts = [(piece, first, last) for piece, first, last in parts if first < last]
         out = torch.empty(stop - start, dtype=torch.float32) if len(parts) != 1 else None
         for piece, first, last in parts:
-            at, file = first - piece["start"], piece["file"]
+            at, file = first - piece["start"], self._file(piece["file"])
             try:
                 if out is None:
-                    return self._open(file).map(name, at, at + last - first, torch.float32)
-                self._open(file).read_into(out[first - start : last - start], name, at)
+                    return file.map(name, at, at + last - first, torch.float32)
+                file.read_into(out[first - start : last - start], name, at)
             except (OSError, ValueError) as error:
-                raise self._damaged(f"{file} can't be read ({error})") from error
+                refuse_too_many_files(error)
+                raise self._damaged(f"{piece['file']} can't be read ({error})") from error
         return out
 
     def _damaged(self, what: str) -> DamagedCheckpoint:
@@ -335,6 +380,9 @@ def find_damage(folder: Path, name: str, expected: dict[str, Any], read: bool) -
     Args:
         expected: its entry in the manifest, {"bytes", "sha256"}.
         read: compare the hash too; else the size alone.
+
+    Raises:
+        UserError: no more files can be opened.
     """
     try:
         size = (folder / name).stat().st_size
@@ -347,6 +395,7 @@ def find_damage(folder: Path, name: str, expected: dict[str, Any], read: bool) -
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
+        refuse_too_many_files(error)
         return f"{name} can't be read ({error.strerror})"
     return None
 

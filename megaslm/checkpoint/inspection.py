@@ -5,7 +5,6 @@ plain dataclasses; tools/inspect_checkpoint.py prints them.
 """
 
 import contextlib
-import json
 import math
 import os
 from collections import Counter
@@ -27,6 +26,7 @@ from megaslm.checkpoint.format import (
     read_manifest,
 )
 from megaslm.errors import UserError
+from megaslm.reports import strict_json
 
 if TYPE_CHECKING:
     from megaslm.checkpoint.comparison import Comparison
@@ -58,8 +58,10 @@ class Contents:
         kinds: of tensors: "weights", and the moments where the optimizer was saved.
         optimizer: None for weights alone, else {type, loss_scaler, steps: [{count, tensors}],
             weight_decay: [{rate, tensors, elements}]}.
-        fingerprint: {precision, loss (nats), tokens (how many)} of what the model computes; None in older ones.
-        tokenizer: {type, tokens, fingerprint} of the one in it; None where there is none, or it can't be read.
+        fingerprint: {precision, loss (nats), tokens (how many), rounded (which other precisions it has figures of)} of
+            what the model computes, or {fault}: why it can't be understood; None in older ones.
+        tokenizer: {type, tokens, fingerprint} of the one in it, or {fault}: why it can't be opened; None where there is
+            none, or where all checkpoints of a run are looked at.
         ranks: number of ranks that wrote files.
     """
 
@@ -184,17 +186,7 @@ def report_json(report: "CheckpointReport | FolderReport | Comparison") -> str:
     Strict JSON: numbers that are not finite are the strings "NaN", "Infinity" and "-Infinity".
     """
     whole = {"report": report.KIND, "passed": report.passed, **asdict(report)}
-    return json.dumps(_strict(whole), indent=1, allow_nan=False)
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _strict(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_strict(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return json.dumps(value)
-    return value
+    return strict_json(whole)
 
 
 @contextlib.contextmanager
@@ -228,7 +220,7 @@ def _inspect_directory(directory: Path, quick: bool) -> FolderReport:
     reports = []
     for path in list_checkpoints(directory):
         try:
-            report = look(path, quick)[0]
+            report = look(path, quick, tokenizer=False)[0]
         except (UserError, OSError) as error:  # of another format version, say: no reason to hide the others
             report = CheckpointReport(str(path), checkpoint_step(path), _bytes_in(path), quick, [str(error)])
         if path.exists():  # a run that goes on deletes its old ones
@@ -238,8 +230,13 @@ def _inspect_directory(directory: Path, quick: bool) -> FolderReport:
     return FolderReport(str(directory), reports, links, _leftovers(directory))
 
 
-def look(path: Path, quick: bool, tensors: bool = False) -> tuple[CheckpointReport, Checkpoint | None]:
-    """A report, and the checkpoint for reading, damaged or not; None if the manifest can't be read."""
+def look(
+    path: Path, quick: bool, tensors: bool = False, tokenizer: bool = True
+) -> tuple[CheckpointReport, Checkpoint | None]:
+    """A report, and the checkpoint for reading, damaged or not; None if the manifest can't be read.
+
+    tokenizer: open the one in it, which takes long beside the rest.
+    """
     path = follow_link(path)
     try:
         manifest = read_manifest(path)
@@ -265,7 +262,7 @@ def look(path: Path, quick: bool, tensors: bool = False) -> tuple[CheckpointRepo
         bytes=sum(file.bytes for file in files),
         quick=quick,
         damage=damage,
-        contents=_contents(checkpoint),
+        contents=_contents(checkpoint, tokenizer),
         files=files,
         other_files=sorted(_names_in(path) - {file.name for file in files}),
         tensors=statistics,
@@ -291,7 +288,7 @@ def _check_files(checkpoint: Checkpoint, quick: bool) -> list[FileReport]:
     return [FileReport(name, size, damage.get(name)) for name, size in sizes.items()]
 
 
-def _contents(checkpoint: Checkpoint) -> Contents:
+def _contents(checkpoint: Checkpoint, tokenizer: bool) -> Contents:
     manifest, elements = checkpoint.manifest, {name: math.prod(shape) for name, shape in checkpoint.shapes.items()}
     progress = checkpoint.global_state.get("progress") or {}
     optimizer = checkpoint.optimizer
@@ -322,21 +319,27 @@ def _contents(checkpoint: Checkpoint) -> Contents:
         parameter_tensors=len(elements),
         kinds=list(manifest["tensors"]),
         optimizer=optimizer,
-        fingerprint=_describe_fingerprint(checkpoint.fingerprint),
-        tokenizer=_describe_tokenizer(checkpoint),
+        fingerprint=_describe_fingerprint(manifest.get("fingerprint")),
+        tokenizer=_describe_tokenizer(checkpoint) if tokenizer else None,
         ranks=len({Path(n).stem.rpartition("_")[2] for n in manifest["files"] if n.endswith(".safetensors")}),
     )
 
 
-def _describe_fingerprint(one: Fingerprint | None) -> dict[str, Any] | None:
-    return None if one is None else {"precision": one.precision, "loss": one.loss, "tokens": len(one.tokens)}
+def _describe_fingerprint(stored: dict[str, Any] | None) -> dict[str, Any] | None:
+    if stored is None:
+        return None
+    try:
+        one = Fingerprint.from_json(stored)
+    except ValueError as error:
+        return {"fault": str(error)}
+    return {"precision": one.precision, "loss": one.loss, "tokens": len(one.tokens), "rounded": list(one.rounded)}
 
 
 def _describe_tokenizer(checkpoint: Checkpoint) -> dict[str, Any] | None:
     try:
         one = checkpoint.tokenizer()
-    except DamagedCheckpoint:  # its file is listed with what is wrong with it
-        return None
+    except UserError as error:  # where a file of it is damaged, that is listed with the files
+        return {"fault": str(error).removeprefix(f"checkpoint {checkpoint.path} is damaged: ")}
     return None if one is None else {"type": one.kind, "tokens": one.vocab_size, "fingerprint": one.fingerprint}
 
 

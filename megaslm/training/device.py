@@ -3,8 +3,6 @@
 import functools
 import os
 import platform
-import resource
-import sys
 
 import torch
 from megaslm_kernels import BackendUnavailable, Ops, select_backend
@@ -82,14 +80,3 @@ def _cpuinfo_lines() -> tuple[str, ...]:
         return ()
     with open("/proc/cpuinfo") as file:
         return tuple(file.read().splitlines())
-
-
-def memory_used(device: torch.device) -> dict[str, int]:
-    """Peak bytes: allocated and reserved on a GPU, resident set of the process on a CPU."""
-    if device.type == "cuda":
-        return {
-            "memory_bytes": torch.cuda.max_memory_allocated(device),
-            "memory_reserved_bytes": torch.cuda.max_memory_reserved(device),
-        }
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"memory_bytes": peak if sys.platform == "darwin" else peak * 1024}

@@ -22,8 +22,6 @@ from megaslm.model import LanguageModel
 from megaslm.parallel import Ranks
 from megaslm.training.batches import MicroBatch
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Matrices decay; norm weights, biases and other vectors do not."""

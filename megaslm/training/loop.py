@@ -4,28 +4,27 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
 import torch
 
 from megaslm.checkpoint import (
-    NUM_TOKENS,
     Checkpoint,
     Fingerprint,
     HostBuffers,
     Snapshot,
+    check_fingerprint,
     restore,
     take_fingerprint,
     take_snapshot,
 )
 from megaslm.generation import sample_tokens
 from megaslm.model import flops_per_token
-from megaslm.parallel import host
+from megaslm.parallel import host, memory_used
 from megaslm.training import report
 from megaslm.training.batches import StepBatches, to_device
-from megaslm.training.device import memory_used, peak_flops
+from megaslm.training.device import peak_flops
 from megaslm.training.engine import TrainingEngine
 from megaslm.training.evaluation import Evaluation, evaluate
 from megaslm.training.metrics import MetricsLog, Stopwatch
@@ -56,9 +55,6 @@ class Training:
         self.watch = Stopwatch(self.ranks.device)
         self.eta_steps, self.eta_seconds = 0, 0.0
         self.log: MetricsLog | None = None
-        self.fingerprint_tokens = self.data.first_held_out_tokens(
-            min(NUM_TOKENS, self.run.model.context_length + 1)  # the last is a target alone
-        )
 
     def go(self, checkpoint: Checkpoint | None, weights: InitialWeights | None = None) -> None:
         """Continue from `checkpoint`, or start (from `weights`, if given), run to the end or to a stop, and report."""
@@ -246,15 +242,39 @@ class Training:
         """
         return torch.compiler.set_stance("force_eager") if self.run.train.compile else contextlib.nullcontext()
 
-    def _fingerprint(self, tokens: Sequence[int], precision: str) -> Fingerprint:
-        """Of the model as it is now. Collective under ZeRO-3."""
-        with self._eager():
-            return take_fingerprint(self.engine.model, tokens, precision, self.ranks.device)
+    def _fingerprint(self) -> Fingerprint | None:
+        """Of the model as it is now; None, with a warning, where a device has no room for it. Collective.
+
+        A save must not fail for want of it. Where all ranks run out of memory, as they do, being alike, they agree
+        here. Under ZeRO-3 one that does alone leaves the others waiting for its part of the weights, until the backend
+        ends the process; nothing short of that can call them back.
+        """
+        fingerprint = None
+        try:
+            with self._eager():
+                fingerprint = take_fingerprint(
+                    self.engine.model,
+                    self.data.fingerprint_tokens,
+                    self.plan.precision,
+                    self.ranks.device,
+                    with_roundings=True,
+                )
+        except torch.OutOfMemoryError:
+            pass  # outside of this block the error's frames, and the tensors in them, are gone
+        short = [rank for rank, one in enumerate(host.gather(fingerprint is None)) if one]
+        if short:
+            self.say(
+                f"warning: rank {short[0]} has no device memory left for the fingerprint of step {self.progress.step}: "
+                "the checkpoint is saved without"
+            )
+        return None if short else fingerprint
 
     def _compare_with(self, checkpoint: Checkpoint) -> None:
         """See that the restored model computes what it did when it was saved; older checkpoints do not tell."""
         if (stored := checkpoint.fingerprint) is not None:
-            check_restored(checkpoint, self._fingerprint(stored.tokens, stored.precision), self.plan)
+            with self._eager():
+                check = check_fingerprint(self.engine.model, stored, self.ranks.device)
+            check_restored(checkpoint, check, self.plan)
 
     def _ended_epoch(self) -> int | None:
         """The number of the epoch that this step completed, if its end is to be kept."""
@@ -292,7 +312,7 @@ class Training:
                 "data": self.data.training.state(),
             },
             marks={"validation_loss": loss if math.isfinite(loss) else None, "epoch": self._ended_epoch()},
-            fingerprint=self._fingerprint(self.fingerprint_tokens, self.plan.precision),
+            fingerprint=self._fingerprint(),
             tokenizer_files=self.data.tokenizer.files if self.data.tokenizer is not None else None,
             buffers=buffers,
         )

@@ -10,8 +10,8 @@ from typing import TypeVar
 import numpy as np
 from megaslm_kernels import Ops
 
+from megaslm.checkpoint import NUM_TOKENS
 from megaslm.config import (
-    UNNAMED_SET,
     BatchLayout,
     ModelConfig,
     RunConfig,
@@ -31,6 +31,7 @@ from megaslm.data import (
     vocab_size_of,
 )
 from megaslm.errors import UserError
+from megaslm.evaluation import open_run_validation
 from megaslm.parallel import Ranks, host
 from megaslm.training.device import check_precision, choose_kernels, preferred_precision
 
@@ -55,19 +56,13 @@ class Options:
 class RunData:
     """What a run reads. `validation` by the names of its sets, UNNAMED_SET where they have none. `tokenizer` is None
     where the token files lead to none: no sample text, no bits per byte. `sample_prompt` is eval.sample_prompt in ids,
-    or None where it is empty."""
+    or None where it is empty. `fingerprint_tokens` are those that every checkpoint's fingerprint is of."""
 
     training: TrainingData
     validation: dict[str, ValidationData]
     tokenizer: Tokenizer | None
     sample_prompt: np.ndarray | None
-
-    def first_held_out_tokens(self, count: int) -> list[int]:
-        """The ids that the first validation set begins with, over again where it has fewer."""
-        part = next(iter(self.validation.values())).parts[0]
-        ids = np.array(part.tokens[:count])
-        part.check_ids(0, ids)
-        return np.resize(ids, count).tolist()
+    fingerprint_tokens: list[int]
 
 
 @dataclass(frozen=True)
@@ -129,33 +124,47 @@ def prepare_data(run: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig,
 def _open(run: RunConfig, corpus: PreparedCorpus | None) -> tuple[RunConfig, RunData]:
     data = run.data
     if corpus is not None:
-        train, validation = [(corpus.train_prefix, 1.0)], {UNNAMED_SET: [corpus.validation_prefix]}
-        tokenizer_dir = corpus.tokenizer_dir
+        train, tokenizer_dir = [(corpus.train_prefix, 1.0)], corpus.tokenizer_dir
     else:
-        train, validation = [(dataset.prefix, dataset.weight) for dataset in data.train], data.validation_sets
+        train = [(dataset.prefix, dataset.weight) for dataset in data.train]
         tokenizer_dir = run.tokenizer.path or _first(find_tokenizer, train)
     tokenizer = load_tokenizer(tokenizer_dir) if tokenizer_dir else None
     run = _with_vocabulary(run, tokenizer, train)
-    common = {
-        "seq_length": run.seq_length,
-        "vocab_size": run.model.vocab_size,
-        "split": None if validation else data.split,
-        "tokenizer_fingerprint": tokenizer.fingerprint if tokenizer else None,
-        "mask_documents": data.mask_documents,
-    }
+    fingerprint = tokenizer.fingerprint if tokenizer else None
     # Megatron's order is a shuffle of all the samples, those before this run too; the other one need not know of them.
     megatron = data.order == "megatron"
     num_samples = data.first_sample + total_steps(run) * run.train.global_batch_size if megatron else None
-    training = TrainingData(train, seed=run.train.seed, order=data.order, num_samples=num_samples, **common)
-    validation = validation or {UNNAMED_SET: [prefix for prefix, weight in train if weight]}
-    held_out = {name: ValidationData(prefixes, **common) for name, prefixes in validation.items()}
+    training = TrainingData(
+        train,
+        run.seq_length,
+        run.train.seed,
+        split=None if corpus or data.validation_sets else data.split,
+        vocab_size=run.model.vocab_size,
+        tokenizer_fingerprint=fingerprint,
+        order=data.order,
+        num_samples=num_samples,
+        mask_documents=data.mask_documents,
+    )
+    held_out = open_run_validation(run, corpus, fingerprint)
     common_tokenizer([*training.parts, *(part for one in held_out.values() for part in one.parts)])
     prompt = None
     if run.eval.sample_prompt:
         if tokenizer is None:
             raise UserError("eval.sample_prompt needs the tokenizer of the token files: tokenizer.path=DIR")
         prompt = tokenizer.encode(run.eval.sample_prompt, "eval.sample_prompt")
-    return run, RunData(training, held_out, tokenizer, prompt)
+    count = min(NUM_TOKENS, run.model.context_length + 1)  # the last is a target alone
+    return run, RunData(training, held_out, tokenizer, prompt, first_tokens(held_out, count))
+
+
+def first_tokens(held_out: dict[str, ValidationData], count: int) -> list[int]:
+    """The ids that the first validation set begins with, over again where it has fewer.
+
+    Raises UserError: one of them is not in the vocabulary.
+    """
+    part = next(iter(held_out.values())).parts[0]
+    ids = np.array(part.tokens[:count])
+    part.check_ids(0, ids)
+    return np.resize(ids, count).tolist()
 
 
 def _build(run: RunConfig, say: Callable[[str], None]) -> PreparedCorpus:

@@ -5,12 +5,13 @@ import math
 import statistics
 from dataclasses import dataclass
 
+from megaslm.errors import UserError
 from megaslm.model import count_parameters
+from megaslm.parallel import memory_used
+from megaslm.reports import write_json
 from megaslm.training import report
-from megaslm.training.device import memory_used
 from megaslm.training.metrics import read_metrics
 from megaslm.training.preparation import Plan
-from megaslm.training.run_dir import write_json
 
 
 @dataclass
@@ -63,7 +64,7 @@ def conclude(plan: Plan, progress: Progress, reason: str | None) -> None:
         write_json(run_dir / "summary.json", summary)
         if train:
             plan.say(f"curves: {report.write_curves(run_dir)}")
-    except OSError as error:
+    except (OSError, UserError) as error:
         plan.say(f"warning: summary and curves could not be written: {error}")
     if reason is not None:
         plan.say(f"stopped by {reason} at step {progress.step} of {plan.steps}; the same command continues")

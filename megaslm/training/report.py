@@ -9,9 +9,9 @@ from megaslm_kernels import separates_by_flash, triton_obstacle
 
 from megaslm.config import zero_stage
 from megaslm.data import TrainingData, ValidationData
-from megaslm.model import count_parameters, flops_per_token
-from megaslm.training.device import device_name, memory_used
-from megaslm.training.engine import DTYPES
+from megaslm.model import DTYPES, count_parameters, flops_per_token
+from megaslm.parallel import memory_used
+from megaslm.training.device import device_name
 from megaslm.training.metrics import read_metrics
 from megaslm.training.preparation import Plan
 

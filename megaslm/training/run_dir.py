@@ -1,7 +1,6 @@
 """The run's folder: it explains itself. config.json, engine.json, environment.json, metrics.jsonl, checkpoints/ ..."""
 
 import fcntl
-import json
 import os
 import platform
 import subprocess
@@ -15,6 +14,7 @@ import torch
 from megaslm.config import RunConfig, save_run_config
 from megaslm.errors import UserError
 from megaslm.parallel import Ranks
+from megaslm.reports import write_json
 from megaslm.training.device import device_name
 
 PACKAGES = ("megaslm", "torch", "deepspeed", "triton", "transformers", "tokenizers", "safetensors", "numpy", "pydantic")
@@ -61,13 +61,6 @@ def _cuda_versions() -> dict:
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         "gpus_on_this_machine": torch.cuda.device_count(),
     }
-
-
-def write_json(path: Path, value: object) -> None:
-    """Replace `path` in one move, so that a reader or a kill never meets half a file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 class RunLock:

@@ -8,11 +8,10 @@ from pathlib import Path
 from megaslm.checkpoint import (
     WEIGHTS,
     Checkpoint,
-    Fingerprint,
+    FingerprintCheck,
     check_compatible,
     checkpoint_step,
     code_versions,
-    compare_fingerprints,
     latest_sound,
     list_checkpoints,
     open_checkpoint,
@@ -54,6 +53,11 @@ def find_checkpoint(plan: Plan) -> Checkpoint | None:
     checkpoint = latest_sound(directory, report=plan.say)
     if checkpoint is not None:
         state = checkpoint.global_state
+        if not {"identity", "progress", "data"} <= state.keys():
+            raise UserError(
+                f"{checkpoint.path} holds weights alone, not a run that can go on (an import, say); to start a run "
+                f"from it: --resume weights --from {checkpoint.path}, with another --run_dir"
+            )
         check_compatible(completed_identity(state["identity"]), identity(plan.run, plan.data))
         origin = state["progress"]["weights_from"]
         if options.resume == "weights" and (origin or {}).get("from") != os.path.abspath(options.weights_from):
@@ -94,34 +98,51 @@ def find_weights(plan: Plan) -> InitialWeights:
         for name in sorted(here.keys() & state.keys())
         if name.startswith("model.") and json.dumps(state[name]) != json.dumps(here[name])
     ]
+    earlier = (checkpoint.global_state.get("progress") or {}).get("weights_from") or {}
     origin = {
         "from": os.path.abspath(source),  # a link such as lm_current stays one: it may move on
         "checkpoint": str(checkpoint.path),
+        "run": checkpoint.run_config.get("name"),
         "step": checkpoint.step,
         "sha256": checkpoint.manifest["sha256"],
+        # The model of transformers that it all began with, if it did.
+        "imported_from": (checkpoint.global_state.get("imported_from") or {}).get("name", earlier.get("imported_from")),
     }
     same_model = "model" in checkpoint.run_config and checkpoint.model_config == plan.run.model
     return InitialWeights(checkpoint, same_model, origin, f", with {', '.join(changed)}" if changed else "")
 
 
-def check_restored(checkpoint: Checkpoint, now: Fingerprint, plan: Plan) -> None:
+def check_restored(checkpoint: Checkpoint, check: FingerprintCheck, plan: Plan) -> None:
     """Refuse to go on with a model that computes something else than the one that was saved. Collective.
 
-    now: of the restored model, on the tokens of the checkpoint's fingerprint.
+    check: of the restored model, against the checkpoint's fingerprint.
     """
 
-    def check() -> None:
-        difference = compare_fingerprints(checkpoint.fingerprint, now)
-        if difference is None:
-            return
-        before, here = checkpoint.manifest["code"], code_versions()
-        changed = [f"{name} {before.get(name)} -> {here.get(name)}" for name in here if before.get(name) != here[name]]
-        versions = f"other versions ({', '.join(changed)})" if changed else "the same versions"
-        raise UserError(
-            f"the model restored from {checkpoint.path} does not compute what it did when it was saved: {difference}. "
-            f"The files are as they were written, so the code or the machine computes otherwise: {versions}, kernels "
-            f"{plan.ops.backend}. Use the code and versions that saved it, or another machine, or "
-            "train.kernels=reference; a run from other weights needs another --run_dir"
-        )
+    def refuse_difference() -> None:
+        if check.equal is False:
+            raise UserError(
+                f"the model restored from {checkpoint.path} does not compute what it did when it was saved: "
+                f"{check.text}. Its files are as they were written, so the code or the machine computes otherwise: "
+                f"{_what_may_help(checkpoint, plan)}"
+            )
 
-    host.together(check)
+    host.together(refuse_difference)
+    if check.equal is None:
+        plan.say(f"warning: what the restored model computes was not compared with its checkpoint: {check.text}")
+
+
+def _what_may_help(checkpoint: Checkpoint, plan: Plan) -> str:
+    """What differs between the save and this process, and what to try, the likeliest first."""
+    before, here = checkpoint.manifest["code"], code_versions()
+    changed = [f"{name} {before.get(name)} -> {here[name]}" for name in here if before.get(name) != here[name]]
+    saved_in = checkpoint.fingerprint.precision
+    attempts = []
+    if plan.ops.backend != "reference":
+        attempts.append("train.kernels=reference")
+    if plan.precision != saved_in:
+        attempts.append(f"train.precision={saved_in}, as it was saved")
+    if changed:
+        attempts.append("the versions that saved it")
+    attempts.append("another machine")
+    versions = ", ".join(changed) if changed else f"the versions of {', '.join(here)} are those of the save"
+    return f"{versions}; kernels {plan.ops.backend}, precision {plan.precision}. Try {', or '.join(attempts)}"

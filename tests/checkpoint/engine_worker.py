@@ -12,6 +12,7 @@ import json
 import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import deepspeed.ops
@@ -20,10 +21,22 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
-from megaslm.checkpoint import HostBuffers, latest_sound, list_checkpoints, open_checkpoint, restore, save_checkpoint
+from megaslm.checkpoint import (
+    HostBuffers,
+    check_fingerprint,
+    latest_sound,
+    list_checkpoints,
+    open_checkpoint,
+    restore,
+    save_checkpoint,
+    take_fingerprint,
+)
 from megaslm.checkpoint.deepspeed_state import EngineState
+from megaslm.config import ModelConfig
 from megaslm.errors import UserError
+from megaslm.model import build_model
 from megaslm.parallel import host
+from megaslm.training.start import check_restored
 
 VOCAB, WIDTH, GLOBAL_BATCH = 61, 16, 4
 BF16 = {"bf16": {"enabled": True}}
@@ -240,6 +253,33 @@ def failures(directory: Path) -> dict:
     engine = build("z1", seed=1, hidden=38)
     result["another_model"] = message_of(restore, checkpoint, engine)
     engine.destroy()
+    return result
+
+
+def fingerprints(directory: Path) -> dict:
+    """Of weights that lie in parts on the ranks; and what all are told of a difference that one of them alone sees."""
+    sizes = {"num_layers": 2, "hidden_size": 20, "ffn_hidden_size": 31, "num_heads": 2, "context_length": 8}
+    config, tokens = ModelConfig(vocab_size=VOCAB, **sizes), list(range(3, 12))
+    alone = take_fingerprint(build_model(config, seed=1), tokens, "fp32", "cpu", with_roundings=True)
+    result = {"alone": alone.to_json()}
+    for layout in ("z3", "z3_bf16", "z1"):
+        zero, precision = LAYOUTS[layout]
+        model = build_model(config, seed=1)
+        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **precision}
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+        engine = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+        now = take_fingerprint(engine.module, tokens, "fp32", "cpu", with_roundings=True)
+        spread = [p.ds_status.name for p in model.parameters() if hasattr(p, "ds_status")]
+        result[layout] = {"fingerprint": now.to_json(), "spread": spread}
+        if layout == "z1":
+            if dist.get_rank() == dist.get_world_size() - 1:
+                model.decoder.norm.weight.data.mul_(1.1)
+            check = check_fingerprint(engine.module, now, "cpu")
+            checkpoint = SimpleNamespace(path="step_1", manifest={"code": {}}, fingerprint=now)
+            plan = SimpleNamespace(ops=SimpleNamespace(backend="reference"), precision="fp32", say=print)
+            result["refusal"] = message_of(check_restored, checkpoint, check, plan)
+            result["seen"] = host.gather(check.equal)
+        engine.destroy()
     return result
 
 

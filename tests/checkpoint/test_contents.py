@@ -1,8 +1,10 @@
 """What a checkpoint holds beside a run's tensors, parts of it that are enough for some, and others than a run's."""
 
+import hashlib
 import itertools
 import json
 import os
+import resource
 import shutil
 import struct
 from pathlib import Path
@@ -22,14 +24,16 @@ from megaslm.checkpoint import (
     write_checkpoint,
 )
 from megaslm.checkpoint import folder as folder_module
-from megaslm.checkpoint.format import Checkpoint, read_manifest, write_manifest
+from megaslm.checkpoint import format as format_module
+from megaslm.checkpoint.fingerprint import Figures
+from megaslm.checkpoint.format import Checkpoint, find_damage, read_manifest, write_manifest
 from megaslm.checkpoint.safetensors_file import write_safetensors
 from megaslm.config import ModelConfig
 from megaslm.data import character_tokenizer
 from megaslm.errors import UserError
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
-FINGERPRINT = Fingerprint([1, 2, 3], "bf16", 2.5, [0.25, -1.0])
+FINGERPRINT = Fingerprint([1, 2, 3], "fp32", 2.5, [0.25, -1.0], {"bf16": Figures(2.6, [0.5, -1.5])})
 MODEL = {"context_length": 8, "num_layers": 1, "hidden_size": 8, "num_heads": 2, "ffn_hidden_size": 8, "vocab_size": 9}
 
 
@@ -42,6 +46,10 @@ def write(directory: Path, step: int = 1, pieces=None, **options) -> Path:
     pieces = pieces or {kind: {"w": Piece.whole(torch.arange(6.0).view(2, 3))} for kind in KINDS}
     arguments = {"run_config": {"model": MODEL}, "global_state": {}, "optimizer": None} | options
     return write_checkpoint(directory, pieces, step=step, **arguments)
+
+
+def rewrite(path: Path, **changes) -> None:
+    write_manifest(path, {key: value for key, value in read_manifest(path).items() if key != "sha256"} | changes)
 
 
 def test_tokenizer_and_fingerprint_come_back(tmp_path, tokenizer):
@@ -60,6 +68,116 @@ def test_a_checkpoint_from_before_has_neither(tmp_path):
     write_manifest(path, manifest)
     checkpoint = open_checkpoint(path)
     assert checkpoint.fingerprint is None and checkpoint.tokenizer() is None
+
+
+def test_a_fingerprint_of_another_layout_is_left_aside(tmp_path, caplog):
+    path = write(tmp_path, fingerprint=FINGERPRINT)
+    rewrite(path, fingerprint={"version": 7})
+    assert open_checkpoint(path).fingerprint is None
+    assert "a fingerprint that this megaslm does not understand (KeyError('logits'))" in caplog.text
+    report = inspect_path(path)
+    assert report.passed and "does not understand" in report.contents.fingerprint["fault"]
+
+
+def test_a_tokenizer_of_a_newer_version_is_no_damage(tmp_path, tokenizer):
+    """The files are what was written: another checkpoint would be no better."""
+    newer = {name: text.replace('"version": 1', '"version": 99') for name, text in tokenizer.files.items()}
+    assert newer != tokenizer.files
+    checkpoint = open_checkpoint(write(tmp_path, tokenizer_files=newer))
+    with pytest.raises(UserError) as refusal:
+        checkpoint.tokenizer()
+    assert not isinstance(refusal.value, DamagedCheckpoint) and "version" in str(refusal.value)
+    report = inspect_path(checkpoint.path)
+    assert report.passed and report.contents.tokenizer == {"fault": str(refusal.value)}
+
+
+@pytest.mark.parametrize("name", ["tokenizer/../../secret", "../secret", "/etc/passwd", "a/b", "tokenizer/..", ""])
+def test_a_manifest_names_no_file_outside_of_its_folder(tmp_path, name):
+    (tmp_path / "secret").write_text("hush")
+    path = write(tmp_path)
+    manifest = read_manifest(path)
+    del manifest["sha256"]
+    hush = {"bytes": 4, "sha256": hashlib.sha256(b"hush").hexdigest()}
+    write_manifest(path, manifest | {"files": manifest["files"] | {name: hush}})
+    with pytest.raises(UserError, match="was not written by megaslm.* is no file of a checkpoint") as refusal:
+        open_checkpoint(path)
+    assert not isinstance(refusal.value, DamagedCheckpoint)
+    manifest["tensors"]["weights"]["w"]["pieces"][0]["file"] = name
+    write_manifest(path, manifest)
+    with pytest.raises(UserError, match="was not written by megaslm"):
+        open_checkpoint(path)
+    with pytest.raises(AssertionError, match="is no name"):
+        write(tmp_path / "b", tokenizer_files={name: "{}"})
+    if name:
+        with pytest.raises(AssertionError, match="is no name"):
+            write(tmp_path / "b", name=name)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.fixture
+def many_files(tmp_path) -> Path:
+    """A checkpoint of 60 ranks."""
+    entry, files = {"shape": [60], "pieces": []}, {}
+    path = write(tmp_path)
+    for i in range(60):
+        name = f"weights_{i:05d}.safetensors"
+        files[name] = write_safetensors(path / name, {"w": torch.full((1,), float(i))})
+        entry["pieces"].append({"file": name, "start": i, "numel": 1})
+    rewrite(path, files=files, tensors={"weights": {"w": entry}})
+    return path
+
+
+@pytest.fixture
+def few_descriptors():
+    """few_descriptors(room): so many more files may be open than now; the process may raise that again."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)  # the number that a listing of the open files takes, and gives back
+    os.close(lowest)
+
+    def limit(room: int) -> None:
+        opened = set(map(int, os.listdir("/proc/self/fd"))) - {lowest}
+        free = (number for number in itertools.count() if number not in opened)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (next(itertools.islice(free, room, None)), limits[1]))
+
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="the system does not tell the open files")
+def test_a_checkpoint_of_more_files_than_may_be_open(many_files, few_descriptors, monkeypatch):
+    few_descriptors(20)
+    checkpoint = open_checkpoint(many_files)
+    assert checkpoint.read("w").tolist() == list(range(60))  # with few files open at a time
+    with monkeypatch.context() as patch:
+        patch.setattr(format_module, "allow_open_files", lambda count: None)
+        with pytest.raises(UserError, match=r"no more files can be opened.*ulimit -n") as refusal:
+            checkpoint.hold()
+        assert not isinstance(refusal.value, DamagedCheckpoint)
+    checkpoint.close()
+    checkpoint.hold()  # raises the limit
+    shutil.rmtree(many_files)
+    assert checkpoint.read("w").tolist() == list(range(60))
+    checkpoint.close()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="the system does not tell the open files")
+def test_a_lack_of_descriptors_is_no_damage(tmp_path, tokenizer, few_descriptors):
+    """Else an older checkpoint would be taken, and the newer one deleted in the end."""
+    checkpoint = open_checkpoint(write(tmp_path, tokenizer_files=tokenizer.files))
+    file, entry = next(iter(checkpoint.manifest["files"].items()))
+    read = checkpoint.read
+    read("w", "exp_avg")
+    few_descriptors(0)
+    for look in (
+        lambda: read_manifest(checkpoint.path),
+        lambda: find_damage(checkpoint.path, file, entry, read=True),
+        checkpoint.tokenizer,
+        lambda: read("w"),  # of a file that was not looked at yet
+        lambda: read("w", "exp_avg"),
+    ):
+        with pytest.raises(UserError, match="ulimit -n") as refusal:
+            look()
+        assert not isinstance(refusal.value, DamagedCheckpoint)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "megaslm_tokenizer.json"])
@@ -110,7 +228,10 @@ def test_what_is_held_can_be_read_after_the_folder_is_gone(tmp_path, tokenizer):
     shutil.rmtree(checkpoint.path)
     assert checkpoint.read("w", "exp_avg_sq").tolist() == [[0, 1, 2], [3, 4, 5]]
     assert checkpoint.read_flat("weights", "w", 2, 4).tolist() == [2, 3]
+    assert checkpoint.tokenizer().same_files(tokenizer)
     checkpoint.close()
+    with pytest.raises(DamagedCheckpoint, match="its tokenizer can't be read"):
+        checkpoint.tokenizer()
     with pytest.raises(DamagedCheckpoint, match="weights_00000.safetensors can't be read"):
         checkpoint.read("w")
 
@@ -150,13 +271,12 @@ def test_the_model_is_described_with_defaults_for_what_is_new(tmp_path):
 def test_a_checkpoint_by_another_name(tmp_path):
     """Beside the files of others, a run's among them, which may be saving."""
     write(tmp_path, step=7)
-    others = [tmp_path / name for name in (".step_00000008.0.tmp", ".other.0.tmp")]
-    stale = tmp_path / ".import.0.tmp"
-    for folder in (*others, stale, tmp_path / "import"):
+    others = [tmp_path / name for name in (".step_00000008.0.tmp", ".other.0.tmp", ".import.0.tmp")]
+    for folder in (*others, tmp_path / "import"):
         folder.mkdir()
     path = write(tmp_path, step=0, name="import")
     assert path == tmp_path / "import" and open_checkpoint(path).step == 0
-    assert all(folder.exists() for folder in others) and not stale.exists()
+    assert all(folder.exists() for folder in others), "somebody may be writing there"
     assert latest_sound(tmp_path, print).step == 7
     before = sorted(os.listdir(path))
     with pytest.raises(UserError, match="import exists and is not an empty folder"):
@@ -165,7 +285,22 @@ def test_a_checkpoint_by_another_name(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UserError, match="file exists and is not an empty folder"):
         write(tmp_path, step=0, name="file")
-    assert (tmp_path / "file").read_text() == "mine" and not list(tmp_path.glob(".import*"))
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [hidden.name for hidden in tmp_path.glob(".import*")] == [".import.0.tmp"]
+
+
+def test_of_two_who_write_the_same_name_the_faster_one_stays(tmp_path, monkeypatch):
+    write_files = folder_module._write_files
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(folder_module, "_write_files", write_files)
+        write(tmp_path, step=1, name="import")
+        return write_files(*arguments)
+
+    monkeypatch.setattr(folder_module, "_write_files", overtaken)
+    with pytest.raises(UserError, match="import exists and is not an empty folder"):
+        write(tmp_path, step=2, name="import")
+    assert open_checkpoint(tmp_path / "import").step == 1 and os.listdir(tmp_path) == ["import"]
 
 
 def test_a_named_checkpoint_that_fails_says_so_by_its_name(tmp_path, monkeypatch):
@@ -243,4 +378,5 @@ def test_the_manifest_stays_strict_json(tmp_path):
     path = write(tmp_path, fingerprint=nowhere)
     text = (path / "manifest.json").read_text()
     assert "NaN" not in text and "Infinity" not in text
-    assert json.loads(text)["fingerprint"] == {"tokens": [1, 2], "precision": "fp32", "loss": None, "logits": [None]}
+    own = {"tokens": [1, 2], "precision": "fp32", "loss": None, "logits": [None], "rounded": {}}
+    assert json.loads(text)["fingerprint"] == own

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from megaslm.checkpoint import safetensors_file
-from megaslm.checkpoint.safetensors_file import LazyTensor, write_safetensors
+from megaslm.checkpoint.safetensors_file import LazyTensor, SafetensorsFile, write_safetensors
+from megaslm.files import side_by_side
 
 
 def test_large_tensors_are_written_in_chunks(tmp_path, monkeypatch):
@@ -43,6 +44,24 @@ def test_lazy_tensors_of_any_type_and_strides(tmp_path, monkeypatch, dtype, chun
     stored = load_file(tmp_path / "x.safetensors")
     for name, tensor in tensors.items():
         assert torch.equal(stored[name], tensor.to(dtype)) and stored[name].dtype == dtype
+
+
+@pytest.mark.parametrize("hold", [False, True])
+def test_threads_may_read_side_by_side(tmp_path, hold):
+    tensors = {f"t{i}": torch.full((2**16,), float(i)) for i in range(8)}
+    write_safetensors(tmp_path / "x.safetensors", tensors)
+    file = SafetensorsFile(tmp_path / "x.safetensors", hold)
+
+    def read(name: str) -> int:
+        wrong = 0
+        for _ in range(40):
+            out = torch.empty(2**16)
+            file.read_into(out, name, 0)
+            wrong += not torch.equal(out, tensors[name])
+        return wrong
+
+    assert side_by_side(read, tensors) == [0] * 8
+    file.close()
 
 
 def test_a_tensor_of_another_shape_than_announced_is_refused(tmp_path):

@@ -53,7 +53,9 @@ def test_a_new_run_has_the_weights_and_nothing_else_of_the_old_one(start_from, s
     assert new.global_state["progress"]["weights_from"] == {
         "from": str(source),
         "checkpoint": str(source / "checkpoints" / "step_00000010"),
+        "run": old.run_config["name"],
         "step": 10,
+        "imported_from": None,
         "sha256": old.manifest["sha256"],
     }
     assert [record["step"] for record in metrics(tmp_path / "new")] == [1, 2, 3, 4, 5, 6]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megaslm.checkpoint import (
+    Checkpoint,
     Fingerprint,
     Piece,
     compare_checkpoints,
@@ -20,6 +21,8 @@ from megaslm.checkpoint import (
     inspection,
     write_checkpoint,
 )
+from megaslm.checkpoint.fingerprint import Figures
+from megaslm.checkpoint.format import read_manifest, write_manifest
 from megaslm.data import character_tokenizer
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "inspect_checkpoint.py"
@@ -53,14 +56,14 @@ def facts(out: str) -> dict[str, str]:
 def test_fingerprint_and_tokenizer(tmp_path, tool):
     """Shown, and compared where both have one: a fingerprint within its tolerance, a tokenizer by its files."""
     tokenizer = character_tokenizer(["abc"])
-    fingerprint = Fingerprint([1, 2, 3], "fp32", 2.5, [0.5, 1.0])
+    fingerprint = Fingerprint([1, 2, 3], "fp32", 2.5, [0.5, 1.0], {"bf16": Figures(2.4, [0.5])})
     a = write(tmp_path / "a", fingerprint=fingerprint, tokenizer_files=tokenizer.files)
     said = facts(tool(a)[1])
-    assert said["fingerprint"] == "loss 2.500000 nats over 3 tokens, weights in fp32"
+    assert said["fingerprint"] == "loss 2.500000 nats over 3 tokens, weights in fp32 (and rounded to bf16)"
     assert said["tokenizer"] == f"{tokenizer.kind}, {tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}"
     assert said["size"].endswith(f"in {len(tokenizer.files) + 2} files of 1 rank")
     contents = json.loads(tool(a, "--json")[1])["contents"]
-    assert contents["fingerprint"] == {"precision": "fp32", "loss": 2.5, "tokens": 3}
+    assert contents["fingerprint"] == {"precision": "fp32", "loss": 2.5, "tokens": 3, "rounded": ["bf16"]}
     older = write(tmp_path / "older")
     said = facts(tool(older)[1])
     assert said["fingerprint"] == said["tokenizer"] == "-"
@@ -73,12 +76,36 @@ def test_fingerprint_and_tokenizer(tmp_path, tool):
     other = {**tokenizer.files, "vocab.json": "{}"}
     far = write(tmp_path / "far", fingerprint=replace(fingerprint, loss=2.6), tokenizer_files=other)
     code, out = tool(a, far)
-    assert code == 1 and "fingerprint: 1 difference\n  loss: 2.5 -> 2.6\n" in out
+    assert code == 1 and "fingerprint: 1 difference\n  fp32.loss: 2.5 -> 2.6\n" in out
     assert "tokenizer: 1 difference\n  tokenizer/vocab.json: " in out
+    elsewhere = write(tmp_path / "elsewhere", fingerprint=replace(fingerprint, tokens=[1, 2, 4], loss=9.0))
+    code, out = tool(a, elsewhere)
+    assert code == 0 and "\nfingerprint: not comparable (other tokens)\n" in out
+    narrow = write(tmp_path / "narrow", fingerprint=replace(fingerprint, precision="bf16", loss=2.4, rounded={}))
+    assert "fingerprint: not comparable (1 logits and 2)" in tool(a, narrow)[1]
+    assert json.loads(tool(a, narrow, "--json")[1])["not_comparable"] == {"fingerprint": "1 logits and 2"}
+    code, out = tool(far, "--quick")
+    assert code == 0, out
     (far / "tokenizer" / "tokenizer.json").write_text("{")
     code, out = tool(far)
-    assert code == 1 and facts(out)["tokenizer"] == "-"
+    assert code == 1 and "tokenizer.json" in facts(out)["tokenizer"]
     assert "tokenizer/tokenizer.json has 1 bytes" in out
+
+
+def test_what_can_t_be_opened_is_shown_with_the_reason(tmp_path, tool):
+    path = write(tmp_path, tokenizer_files={"tokenizer.json": "{}"})
+    manifest = {key: value for key, value in read_manifest(path).items() if key != "sha256"}
+    write_manifest(path, manifest | {"fingerprint": {"layout": 2}})
+    code, out = tool(path)
+    assert code == 0 and "tokenizer" in facts(out)["tokenizer"], "the files are as they were written"
+    assert facts(out)["fingerprint"].startswith("a fingerprint that this megaslm does not understand")
+
+
+def test_a_table_opens_no_tokenizer(tmp_path, tool, monkeypatch):
+    write(tmp_path, tokenizer_files=character_tokenizer(["abc"]).files)
+    monkeypatch.setattr(Checkpoint, "tokenizer", lambda self: 1 / 0)
+    code, out = tool(tmp_path)
+    assert code == 0 and "1 checkpoint" in out
 
 
 def test_tensors_are_held_one_at_a_time(tmp_path, monkeypatch):
