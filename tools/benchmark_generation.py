@@ -25,11 +25,13 @@ from megaslm.config import load_run_config
 from megaslm.errors import UserError
 from megaslm.reports import check_folder_of, table, write_json
 
+PRESET = "slm_small"
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--preset", default="slm_small", help="of a model with random weights (default: slm_small)")
+    add("--preset", help=f"of a model with random weights (default: {PRESET})")
     add("--model", metavar="PATH", help="a checkpoint, a run folder, an export or a hub name, in place of the preset")
     add("--batch_sizes", nargs="+", type=int, default=[1, 8], metavar="N", help="prompts at once (default: 1 8)")
     add("--prompt_tokens", type=int, default=48, metavar="N", help="tokens of a prompt (default: 48)")
@@ -49,8 +51,9 @@ def parse_arguments() -> argparse.Namespace:
     ]:
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: give 1 or more")
-    if arguments.model and arguments.overrides:
-        raise UserError(f"{arguments.overrides[0]} is of a preset, and --model is a model as it is; leave one out")
+    of_preset = [f"--preset {arguments.preset}"] if arguments.preset else arguments.overrides
+    if arguments.model and of_preset:
+        raise UserError(f"{of_preset[0]} is of a preset, and --model is a model as it is; leave one out")
     if arguments.json:
         check_folder_of(arguments.json, "--json")
     return arguments
@@ -98,9 +101,13 @@ def main() -> None:
     for batch_size in arguments.batch_sizes:
         shape = (batch_size, arguments.prompt_tokens)
         prompts = torch.randint(ours.config.vocab_size, shape, generator=draws).tolist()
-        equal = equal_share(by_megaslm(prompts), by_transformers(prompts))
+        found, expected = by_megaslm(prompts), by_transformers(prompts)
+        equal = equal_share(found, expected)
         if equal < 1 and arguments.dtype == "fp32":
-            raise RuntimeError(f"only {equal:.1%} of the tokens of a batch of {batch_size} are those of transformers")
+            raise UserError(
+                f"only {equal:.1%} of the tokens of a batch of {batch_size} are those of transformers; "
+                f"{first_difference(theirs, prompts, found, expected)}"
+            )
         seconds = measure({"megaslm": by_megaslm, "transformers": by_transformers}, prompts, arguments.rounds)
         results.append(figures_of(batch_size, arguments.new_tokens, seconds) | {"equal_tokens": equal})
     print("\n".join(lines(results)))
@@ -123,7 +130,7 @@ def load_model(arguments: argparse.Namespace, ops) -> tuple[Any, str]:
     if arguments.model:
         source = open_model(arguments.model)
         return source.build(ops=ops), source.path.name
-    run = load_run_config(arguments.preset, ["model.init_std=0.1", *arguments.overrides])
+    run = load_run_config(arguments.preset or PRESET, ["model.init_std=0.1", *arguments.overrides])
     vocab_size = run.model.vocab_size or run.expected_vocab_size
     if vocab_size is None:
         raise UserError(f"the preset {run.name} takes its vocabulary from its data: give model.vocab_size=N")
@@ -134,6 +141,23 @@ def load_model(arguments: argparse.Namespace, ops) -> tuple[Any, str]:
 def equal_share(ours: list[list[int]], theirs: list[list[int]]) -> float:
     pairs = [pair for rows in zip(ours, theirs, strict=True) for pair in zip(*rows, strict=True)]
     return sum(a == b for a, b in pairs) / len(pairs)
+
+
+def first_difference(theirs, prompts: list[list[int]], ours: list[list[int]], expected: list[list[int]]) -> str:
+    """Where a text first differs, and by how much transformers' own logits tell the two tokens apart."""
+    import torch
+
+    row = next(row for row, pair in enumerate(zip(ours, expected, strict=True)) if pair[0] != pair[1])
+    step = next(step for step, pair in enumerate(zip(ours[row], expected[row], strict=True)) if pair[0] != pair[1])
+    tokens = torch.tensor([prompts[row] + expected[row][:step]], device=theirs.device)
+    with torch.inference_mode():
+        logits = theirs(tokens).logits[0, -1]
+    gap = float(logits[expected[row][step]] - logits[ours[row][step]])
+    return (
+        f"in row {row + 1} the first other one is token {step + 1}, {ours[row][step]} for {expected[row][step]}, "
+        f"whose logits are {gap:.2g} apart (of {float(logits.abs().max()):.2g}): below 1e-3 it is a tie that roundings "
+        "decide, take other weights or fewer --new_tokens; above, one of the two computes another model"
+    )
 
 
 def measure(parts: dict[str, Callable], prompts: list[list[int]], rounds: int) -> dict[str, list[float]]:

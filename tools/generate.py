@@ -10,7 +10,7 @@ of several, each is shown when all are there. A line about the speed goes to std
 
 With --interactive, each line is a prompt. Ctrl-C stops a text, Ctrl-D ends the program, and these lines are commands:
 
-    /set NAME VALUE   change an option: /set temperature 0.5; /set stop "\\n"
+    /set NAME VALUE   change an option: /set temperature 0.5; /set stop ["\\n", "END"]; null: the default
     /options          show the options
     /again            another text for the last prompt
     /help             show this
@@ -21,18 +21,20 @@ learned positions are drawn out, rotary ones stretched by a method of your choic
 
 import argparse
 import json
+import re
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 from megaslm.checkpoint import open_model
 from megaslm.commands import run_command
 from megaslm.errors import UserError
-from megaslm.evaluation import DTYPES, choose_placement
+from megaslm.evaluation import choose_placement
 from megaslm.generation import Completion, GenerationOptions, Generator
-from megaslm.model import STRETCH_METHODS, stretch_context
+from megaslm.model import DTYPES, STRETCH_METHODS, stretch_context
 
 TEMPERATURE, TOP_K = 0.8, 50
 
@@ -45,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--prompt", nargs="+", metavar="TEXT", help="one or more prompts (default: one, from stdin)")
     add("--prompt_file", nargs="+", metavar="FILE", help="files of one prompt each, without its last newline")
     add("--interactive", action="store_true", help="ask for prompts, again and again")
-    add("--start_of_document", action="store_true", help="put the end-of-document token before each prompt")
+    add("--start_of_document", action="store_true", help="put the token that begins documents before each prompt")
     add("--num_samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
     add("--max_new_tokens", type=int, default=128, metavar="N", help="most tokens of a text (default: 128)")
     add("--temperature", type=float, default=TEMPERATURE, metavar="T", help=f"0: greedy (default: {TEMPERATURE})")
@@ -54,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--top_p", type=float, metavar="P", help="draw from the most probable tokens that are P together")
     add("--repetition_penalty", type=float, default=1.0, metavar="F", help="above 1: repeat less (default: 1)")
     add("--no_repeat_ngram_size", type=int, default=0, metavar="N", help="no N tokens come twice (default: 0, off)")
-    add("--stop", nargs="+", default=[], metavar="TEXT", help="strings that end a text")
+    add("--stop", nargs="+", metavar="TEXT", help="strings that end a text")
     add("--seed", type=int, default=0, help="of the draws (default: 0)")
     add("--context_length", type=int, metavar="N", help="tokens of a longer context than the model's")
     add("--rope_scaling", choices=STRETCH_METHODS, help="how to get there (default: yarn; interpolate where positions "
@@ -69,30 +71,43 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("--interactive shows one text at a time: leave out --json and --num_samples")
     if arguments.num_samples < 1:
         raise UserError(f"--num_samples {arguments.num_samples}: give 1 or more")
+    if arguments.num_samples > 1 and arguments.temperature == 0:
+        raise UserError("with --temperature 0 all samples are the same: leave out --num_samples, or give another one")
     if arguments.rope_scaling and not arguments.context_length:
         raise UserError("--rope_scaling is of a longer context: give --context_length too, or leave it out")
-    if not (arguments.prompt or arguments.prompt_file or arguments.interactive) and sys.stdin.isatty():
+    given = arguments.prompt or arguments.prompt_file or arguments.interactive
+    if not given and (sys.stdin is None or sys.stdin.isatty()):
         raise UserError("there is no prompt: give --prompt, --prompt_file or --interactive, or pipe one in")
+    if arguments.interactive and sys.stdin is None:
+        raise UserError("--interactive asks for prompts, and stdin is closed; open it, or give --prompt")
     return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
-    options = options_of(arguments)
+    given = {field.name: getattr(arguments, field.name) for field in fields(GenerationOptions)}
+    if arguments.stop:
+        given["stop"] = tuple(arguments.stop)
+    options = options_of(given)
     prompts = [] if arguments.interactive else read_prompts(arguments)
     generator = open_generator(arguments)
     if arguments.interactive:
-        return Conversation(generator, options, arguments.start_of_document).run()
+        return Conversation(generator, given, arguments.start_of_document).run()
+    names = [f"prompt {i + 1}" if len(prompts) > 1 else "the prompt" for i in range(len(prompts))]
+    start_of_document = arguments.start_of_document
+    encoded = [generator.encode(text, start_of_document, name) for text, name in zip(prompts, names, strict=True)]
     numbered = [(i, text) for i, text in enumerate(prompts) for _ in range(arguments.num_samples)]
-    ids = [generator.encode(text, arguments.start_of_document) for _, text in numbered]
+    ids = [encoded[i] for i, _ in numbered]
     streamed = len(numbered) == 1 and not arguments.json
     if streamed:
         show(prompts[0])
     start = time.perf_counter()
-    completions = generator.generate(ids, options, (lambda _, text: show(text)) if streamed else None)
+    try:
+        completions = generator.generate(ids, options, (lambda _, text: show(text)) if streamed else None)
+    finally:
+        if streamed:
+            print(flush=True)
     seconds = time.perf_counter() - start
-    if streamed:
-        print()
     for place, ((i, prompt), completion) in enumerate(zip(numbered, completions, strict=True)):
         if arguments.json:
             print(json.dumps({"prompt": prompt, **asdict(completion)}))
@@ -102,27 +117,34 @@ def main() -> None:
     report(completions, seconds)
 
 
-def options_of(arguments: argparse.Namespace) -> GenerationOptions:
-    given = {field.name: getattr(arguments, field.name) for field in fields(GenerationOptions)}
-    if given["top_k"] is None:
-        given["top_k"] = TOP_K if arguments.temperature > 0 and arguments.top_p is None else 0
-    given["top_p"] = 1.0 if given["top_p"] is None else given["top_p"]
-    return GenerationOptions(**{**given, "stop": tuple(arguments.stop)})
+def options_of(given: dict[str, Any]) -> GenerationOptions:
+    """The options that somebody gave, by name; None stands for the default, which may depend on the others."""
+    given = {"temperature": TEMPERATURE} | {name: value for name, value in given.items() if value is not None}
+    if given["temperature"] != 0 and "top_p" not in given:
+        given = {"top_k": TOP_K} | given
+    return GenerationOptions(**given)
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompt:
         return arguments.prompt
     if not arguments.prompt_file:
-        return [sys.stdin.read().removesuffix("\n")]
+        return [prompt_of(sys.stdin.buffer.read(), "the prompt on stdin")]
     prompts = []
     for path in arguments.prompt_file:
         try:
-            prompts.append(Path(path).read_text(encoding="utf-8").removesuffix("\n"))
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-            raise UserError(f"the prompt file {path} cannot be read: {reason}") from None
+            prompts.append(prompt_of(Path(path).read_bytes(), f"the prompt file {path}"))
+        except OSError as error:
+            raise UserError(f"the prompt file {path} cannot be read: {error.strerror}") from None
     return prompts
+
+
+def prompt_of(data: bytes, name: str) -> str:
+    """Text as it stands, without its last line end."""
+    try:
+        return re.sub(r"\r?\n\Z", "", data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text, from byte {error.start + 1} on; convert it") from None
 
 
 def open_generator(arguments: argparse.Namespace) -> Generator:
@@ -135,15 +157,16 @@ def open_generator(arguments: argparse.Namespace) -> Generator:
         default = "interpolate" if config.position == "learned" else "yarn"
         config = stretch_context(config, arguments.context_length, arguments.rope_scaling or default)
     model = source.build(placement.device, placement.dtype, placement.ops, config)
-    return Generator(model, source.tokenizer)
+    return Generator(model, source.tokenizer, source.eod_ids)
 
 
 class Conversation:
     """--interactive: prompts and commands from the terminal until it ends."""
 
-    def __init__(self, generator: Generator, options: GenerationOptions, start_of_document: bool):
+    def __init__(self, generator: Generator, given: dict[str, Any], start_of_document: bool):
         self.generator = generator
-        self.options = options
+        self.given = given
+        self.options = options_of(given)
         self.start_of_document = start_of_document
         self.prompt: str | None = None
 
@@ -159,6 +182,8 @@ class Conversation:
             except EOFError:
                 print()
                 return
+            except UnicodeDecodeError:
+                print("error: the line is not UTF-8 text", file=sys.stderr)
             except UserError as error:
                 print(f"error: {error}", file=sys.stderr)
 
@@ -173,7 +198,9 @@ class Conversation:
         elif command == "/again":
             if self.prompt is None:
                 raise UserError("there is no prompt yet; give one")
-            self.options = replace(self.options, seed=self.options.seed + 1)
+            if self.options.temperature == 0:
+                raise UserError("at temperature 0 there is no other text; /set temperature above 0")
+            self.give("seed", self.options.seed + 1)
             self.talk()
         elif command.startswith("/"):
             raise UserError(f"there is no command {command}; /help shows those that there are")
@@ -187,12 +214,13 @@ class Conversation:
             raise UserError(f"write /set NAME VALUE, where NAME is one of {', '.join(names)}")
         with suppress(ValueError):
             value = json.loads(value)
-        kind = type(getattr(self.options, name))
-        if kind is tuple:
-            value = (str(value),)
-        elif isinstance(value, bool) or not isinstance(value, (int, kind)):
-            raise UserError(f"{name} {value}: give {'a whole number' if kind is int else 'a number'}")
-        self.options = replace(self.options, **{name: value})
+        if name == "stop" and value is not None:
+            value = tuple(map(str, value if isinstance(value, list) else [value]))
+        self.give(name, value)
+
+    def give(self, name: str, value: Any) -> None:
+        given = {**self.given, name: value}
+        self.options, self.given = options_of(given), given
 
     def talk(self) -> None:
         ids = self.generator.encode(self.prompt, self.start_of_document)

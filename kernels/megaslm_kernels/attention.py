@@ -51,27 +51,30 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents | Non
     if documents is not None and documents.bounds is not None:
         return _flash_within_documents(q, k, v, documents.bounds)
     mask = None if documents is None else documents.mask
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    queries_per_kv = q.size(1) // k.size(1)
-    if queries_per_kv > 1 and _only_backend_for_equal_heads(q, mask):
-        k, v = k.repeat_interleave(queries_per_kv, dim=1), v.repeat_interleave(queries_per_kv, dim=1)
-    grouped = k.size(1) != q.size(1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    y = _grouped_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, is_causal=mask is None)
     return y.transpose(1, 2)
 
 
 def attention_to_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of queries [B, S, H, D] to keys and values [B, K, T, D], which lie head by head, [B, S, H, D].
 
-    The G = H / K query heads that share a key head are rows of one product: no key or value is copied, whatever the
-    backend knows of grouped heads.
-    mask: [B or 1, 1, G S, T] or what broadcasts to it, added to the scores; its rows are all S of the first head of a
-        group, then those of the next. None: every query sees every key.
+    mask: [B or 1, 1, S, T], added to the scores. None: every query sees every key.
     """
-    length, kv_heads = q.size(1), k.size(1)
-    rows = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
-    return y.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    if q.size(1) > 1:
+        return _grouped_attention(q.transpose(1, 2), k, v, mask, is_causal=False).transpose(1, 2)
+    # The query heads that share a key head are rows of one product: no key or value is copied or read twice, whatever
+    # the backend knows of grouped heads.
+    rows = q.squeeze(1).unflatten(1, (k.size(1), -1))
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).flatten(1, 2).unsqueeze(1)
+
+
+def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """Of queries [B, H, S, D] to keys and values [B, K, T, D], [B, H, S, D]."""
+    queries_per_kv = q.size(1) // k.size(1)
+    if queries_per_kv > 1 and _only_backend_for_equal_heads(q, mask):
+        k, v = k.repeat_interleave(queries_per_kv, dim=1), v.repeat_interleave(queries_per_kv, dim=1)
+    grouped = k.size(1) != q.size(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped)
 
 
 def _flash_within_documents(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:

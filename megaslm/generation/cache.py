@@ -21,14 +21,16 @@ class KeyValueCache:
     def __init__(self, config: ModelConfig, capacity: int, padding: Tensor | None = None):
         """padding: [B] integer, for rows of different lengths: the first padding[b] tokens of row b are seen by no
         other token, and positions count from behind them. None, or zeros: nothing is masked."""
+        self._padding = 0 if padding is None else int(padding.max())
+        assert capacity - self._padding <= config.context_length, (
+            f"a row of {capacity - self._padding} tokens does not fit in the model's context of {config.context_length}"
+        )
         self.capacity = capacity
         self.length = 0
         self.layers = [CachedLayer(self) for _ in range(config.num_layers)]
         self.start = 0
-        self._queries_per_kv = config.num_heads // config.num_kv_heads
         self._mask: Tensor | None = None
         self._hidden: Tensor | None = None
-        self._padding = 0 if padding is None else int(padding.max())
         if self._padding:
             columns = torch.arange(capacity, device=padding.device)
             self._is_padding = columns < padding[:, None]
@@ -48,8 +50,8 @@ class KeyValueCache:
         return self.start == 0 and not self._padding
 
     def mask(self, like: Tensor) -> Tensor | None:
-        """What `attention_to_cache` adds to the scores of the new tokens, on the device and in the type of `like`; made
-        once for all layers. None: every token sees all that there is."""
+        """What `attention_to_cache` adds to the scores of the new tokens, [B or 1, 1, S, t], on the device and in the
+        type of `like`; made once for all layers. None: every token sees all that there is."""
         if self._mask is None:
             if self.length - self.start > 1 or self.start < self._padding:
                 self._mask = self._mask_of_several(like)
@@ -66,7 +68,7 @@ class KeyValueCache:
         if self._padding:
             # Padding sees itself: a row of scores that are all -inf would be NaN, and NaN would spread.
             hidden = hidden | self._is_padding[:, None, : self.length] & (columns != rows)
-        return _scores(hidden, like).repeat(1, self._queries_per_kv, 1)[:, None]
+        return _scores(hidden, like)[:, None]
 
 
 class CachedLayer:

@@ -4,8 +4,9 @@ Shapes: B rows (prompts), T tokens that the longest row can reach, V vocabulary.
 """
 
 import hashlib
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,14 +30,19 @@ OnText = Callable[[int, str], None]
 class Generator:
     """Generates with a model in evaluation mode, on the device and in the type of its weights.
 
-    `tokenizer` may be None where prompts are ids and no text is wanted: the texts are empty then.
+    Args:
+        tokenizer: None where prompts are ids and no text is wanted: the texts are empty then.
+        eod_ids: ids that end a text. None: the tokenizer's end-of-document token.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Tokenizer | None):
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer | None, eod_ids: Iterable[int] | None = None):
         self.model = model
         self.tokenizer = tokenizer
         self.context_length = model.config.context_length
-        self.eod_id = None if tokenizer is None else tokenizer.eod_id
+        if eod_ids is None:
+            eod_ids = () if tokenizer is None or tokenizer.eod_id is None else (tokenizer.eod_id,)
+        self.eod_ids = frozenset(eod_ids)
+        self.bos_id = None if tokenizer is None else tokenizer.bos_id
 
     def generate(
         self,
@@ -49,10 +55,14 @@ class Generator:
         on_text: called with a prompt's number and a piece of its text, as soon as it is certain; put together, the
             pieces of a number are the text of its completion. An exception it raises ends the generation.
 
-        Rows do not change each other's numbers, but for the last bits, in which a batch differs from a single row.
-        UserError for a prompt that is empty where the tokenizer has no end-of-document token to begin with, is longer
-        than the context, or has ids that the model does not know.
+        Rows do not change each other's numbers, but for the last bits, in which a batch differs from a single row: in
+        fp32 the texts are the same, and in bf16 and fp16 these bits may decide between tokens that are as probable.
+
+        UserError for a prompt that is empty where the tokenizer has no token to begin with, is longer than the context,
+        or has ids that the model does not know; for logits that are not finite.
         """
+        if isinstance(prompts, str):
+            raise UserError("the prompts are one string; give a list of prompts")
         if options.stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer; give one, or leave them out")
         ids = [self._ids(number, prompt) for number, prompt in enumerate(prompts)]
@@ -64,40 +74,44 @@ class Generator:
             batch.run()
         return [row.completion() for row in batch.rows]
 
-    def encode(self, text: str, start_of_document: bool = False) -> list[int]:
-        """Ids of a prompt. With `start_of_document`, behind the token that ends documents: in training, it stands
-        before each. UserError for a tokenizer that has none, and for a prompt longer than the context."""
+    def encode(self, text: str, start_of_document: bool = False, where: str = "the prompt") -> list[int]:
+        """Ids of a prompt, which an error calls `where`. With `start_of_document`, behind the token that stands before
+        each document in training: the one that ends them, where the tokenizer names no other. UserError for a tokenizer
+        that has none, for a prompt longer than the context, and for text that is not Unicode."""
         if self.tokenizer is None:
             raise UserError("a prompt of text needs a tokenizer; give one, or give ids")
-        if start_of_document and self.eod_id is None:
+        if start_of_document and self.bos_id is None:
             raise UserError(
-                f"the tokenizer {self.tokenizer.name} has no end-of-document token, so that no prompt can begin with "
-                "it; leave start_of_document out"
+                f"the tokenizer {self.tokenizer.name} has no token that begins or ends a document, for a prompt to "
+                "begin with; leave start_of_document out"
             )
-        ids = self.tokenizer.encode(text, "the prompt").tolist()
-        ids = [self.eod_id, *ids] if start_of_document else ids
-        self._check_length(ids)
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes that were not UTF-8, as Python hides them in a str
+            raise UserError(f"{where} is not UTF-8 text, from character {error.start + 1} on; convert it") from None
+        ids = self.tokenizer.encode(text, where).tolist()
+        ids = [self.bos_id, *ids] if start_of_document else ids
+        self._check_length(ids, where)
         return ids
 
     def _ids(self, number: int, prompt: str | Sequence[int]) -> list[int]:
         """A prompt as ids that the model can go on with."""
-        ids = self.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+        where = f"prompt {number + 1}"
+        ids = self.encode(prompt, where=where) if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids:
-            if self.eod_id is None:
-                raise UserError(
-                    f"prompt {number + 1} is empty, and there is no end-of-document token to begin with; give a prompt"
-                )
-            ids = [self.eod_id]
-        self._check_length(ids)
+            if self.bos_id is None:
+                raise UserError(f"{where} is empty, and there is no token that begins a document; give a prompt")
+            ids = [self.bos_id]
+        self._check_length(ids, where)
         vocabulary = self.model.config.vocab_size
         if wrong := [token for token in ids if not 0 <= token < vocabulary]:
-            raise UserError(f"prompt {number + 1}: the model has {vocabulary:,} tokens, and no token {wrong[0]}")
+            raise UserError(f"{where}: the model has {vocabulary:,} tokens, and no token {wrong[0]}")
         return ids
 
-    def _check_length(self, ids: list[int]) -> None:
+    def _check_length(self, ids: list[int], where: str) -> None:
         if len(ids) > self.context_length:
             raise UserError(
-                f"a prompt has {len(ids):,} tokens, and the model's context {self.context_length:,}; shorten it, or "
+                f"{where} has {len(ids):,} tokens, and the model's context {self.context_length:,}; shorten it, or "
                 "stretch the context (tools/generate.py: --context_length and --rope_scaling)"
             )
 
@@ -115,12 +129,12 @@ class _Row:
         self.pieces: list[str] = []
         self.stream = generator.tokenizer and TextStream(generator.tokenizer, prompt, options.stop)
         self._at_most = "length" if options.max_new_tokens <= room else "context"
-        self._eod_id = generator.eod_id
+        self._eod_ids = generator.eod_ids
 
     def append(self, token: int) -> str:
         """Take the next token; returns the text that is certain with it. `reason` says whether the text has ended."""
         new = ""
-        if token == self._eod_id:
+        if token in self._eod_ids:
             self.reason = "eod"
         else:
             self.tokens.append(token)
@@ -184,8 +198,8 @@ class _Batch:
             self.model.decoder(chunk, cache=self.cache)
         tokens_BS = chunks[-1]
         for step in range(self.steps):
-            next_B = self._choose(self._logits(tokens_BS), step)
-            self._take(next_B.tolist())
+            next_B, largest_B = self._choose(self._logits(tokens_BS), step)
+            self._take(next_B.tolist(), largest_B.tolist())
             if all(row.reason for row in self.rows):
                 return
             tokens_BS = next_B[:, None]
@@ -195,17 +209,17 @@ class _Batch:
         hidden_BE = self.model.decoder(tokens_BS, cache=self.cache)[:, -1]
         return linear(hidden_BE, self.model.head.weight)[:, : self.model.config.vocab_size].float()
 
-    def _choose(self, logits_BV: Tensor, step: int) -> Tensor:
-        """The next token of each row, [B]."""
+    def _choose(self, logits_BV: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The next token of each row, and the largest logit, [B] each; without meaning where that is not finite."""
         options = self.options
         if self.seen_BV is not None:
             logits_BV = penalize_repetition(logits_BV, self.seen_BV, options.repetition_penalty)
         if self.ngrams is not None:
             logits_BV = self.ngrams.ban(logits_BV)
-        if options.temperature == 0:
-            next_B = logits_BV.argmax(-1)
-        else:
-            logits_BV = logits_BV / options.temperature
+        largest_B, next_B = logits_BV.max(-1)
+        if options.temperature > 0:
+            # Without the largest one, no temperature takes the others out of fp32 but to -inf.
+            logits_BV = (logits_BV - largest_B[:, None]) / options.temperature
             if options.top_k:
                 logits_BV = keep_top_k(logits_BV, options.top_k)
             if options.top_p < 1:
@@ -213,12 +227,18 @@ class _Batch:
             next_B = draw(logits_BV, self.uniform_SB[step])
         if self.seen_BV is not None:
             self.seen_BV.scatter_(1, next_B[:, None], True)
-        return next_B
+        return next_B, largest_B
 
-    def _take(self, tokens: list[int]) -> None:
-        for row, token in zip(self.rows, tokens, strict=True):
+    def _take(self, tokens: list[int], largest: list[float]) -> None:
+        for row, token, logit in zip(self.rows, tokens, largest, strict=True):
             if row.reason:
                 continue
+            if not math.isfinite(logit):
+                raise UserError(
+                    f"the model's logits are not finite, after {len(row.tokens)} tokens for prompt {row.number + 1}: "
+                    "fp16 overflows where bf16 and fp32 do not, and damaged weights do in any type; use bf16 or fp32, "
+                    "or check the model with tools/validate_model.py"
+                )
             text = row.append(token)
             if self.ngrams is not None:
                 self.ngrams.append(row.number, token)

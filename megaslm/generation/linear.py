@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, without gradients: x [..., I], weight [O, I], bias [O] -> [..., O]."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and weight.dtype == x.dtype and _has_onednn():
+    if x.dtype == torch.float32 and x.device.type == "cpu" and HAS_ONEDNN:
         # The op that torch.compile gives a linear layer on a CPU; there is no public name for it.
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -23,8 +25,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @contextmanager
 def fast_linear_layers(model: nn.Module) -> Iterator[None]:
-    """Within it, every nn.Linear of `model` computes by `linear`."""
-    layers = [module for module in model.modules() if type(module) is nn.Linear]
+    """Within it, every nn.Linear of `model` computes by `linear`; layers whose `forward` somebody has replaced keep it.
+
+    For the whole process: another thread that runs the same model meanwhile gets these products too, without gradients.
+    Threads may generate with one model side by side; the first to end makes the others slower, and changes their
+    logits in the last bits.
+    """
+    layers = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in module.__dict__]
     try:
         for layer in layers:
             layer.forward = functools.partial(_forward, layer)
@@ -36,8 +43,3 @@ def fast_linear_layers(model: nn.Module) -> Iterator[None]:
 
 def _forward(layer: nn.Linear, x: Tensor) -> Tensor:
     return linear(x, layer.weight, layer.bias)
-
-
-@functools.cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -45,7 +45,8 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     cumulative = logits_BV.softmax(-1, dtype=torch.float64).cumsum(-1)
     # The last is made exactly 1: no rounding leads past it. A token that cannot be drawn equals the one before it.
     cumulative = cumulative / cumulative[:, -1:]
-    return torch.searchsorted(cumulative, uniform_B[:, None], right=True)[:, 0]
+    # A row of logits that are not finite has no probabilities; what stands for its token is one of the vocabulary.
+    return torch.searchsorted(cumulative, uniform_B[:, None], right=True)[:, 0].clamp(max=logits_BV.size(-1) - 1)
 
 
 class RepeatedNgrams:
@@ -54,7 +55,7 @@ class RepeatedNgrams:
     def __init__(self, size: int, texts: Sequence[Sequence[int]]):
         self.size = size
         self._texts = [[] for _ in texts]
-        self._followers: list[dict[tuple[int, ...], list[int]]] = [defaultdict(list) for _ in texts]
+        self._followers: list[dict[tuple[int, ...], set[int]]] = [defaultdict(set) for _ in texts]
         for row, text in enumerate(texts):
             for token in text:
                 self.append(row, token)
@@ -62,10 +63,11 @@ class RepeatedNgrams:
     def append(self, row: int, token: int) -> None:
         text = self._texts[row]
         if len(text) >= self.size - 1:
-            self._followers[row][self._end(text)].append(token)
+            self._followers[row][self._end(text)].add(token)
         text.append(token)
 
     def ban(self, logits_BV: Tensor) -> Tensor:
+        """-inf for these tokens, but in rows of which nothing would be left."""
         banned = [
             (row, token)
             for row, text in enumerate(self._texts)
@@ -74,7 +76,8 @@ class RepeatedNgrams:
         if not banned:
             return logits_BV
         rows, tokens = torch.tensor(banned, device=logits_BV.device).unbind(1)
-        return logits_BV.index_put((rows, tokens), logits_BV.new_tensor(-torch.inf))
+        allowed_BV = logits_BV.index_put((rows, tokens), logits_BV.new_tensor(-torch.inf))
+        return torch.where((allowed_BV > -torch.inf).any(-1, keepdim=True), allowed_BV, logits_BV)
 
     def _end(self, text: list[int]) -> tuple[int, ...]:
         return tuple(text[len(text) - self.size + 1 :])

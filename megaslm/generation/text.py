@@ -1,13 +1,16 @@
 """Text from tokens as they come: whole characters, and nothing that a stop string may still cut off."""
 
+import os
 from collections.abc import Sequence
 
 from megaslm.data import Tokenizer
 
 REPLACEMENT = "\ufffd"
 CONTEXT_TOKENS = 8
+LONGEST_CHARACTER = 4  # bytes
 # Longer than any character's bytes: a run of tokens that still has no end is no character that is being spelled.
 LONGEST_WAIT = 32
+MOST_TOKENS = 64  # that are looked back over
 
 
 class TextStream:
@@ -23,10 +26,10 @@ class TextStream:
         """Whether a stop string came; the text ends before it."""
         self._tokenizer = tokenizer
         self._stop = stop
-        # Text of the first `_given` characters of these tokens is given out or stands in `_held`.
-        self._tokens = list(prompt[-CONTEXT_TOKENS:])
-        self._given = len(self._decode().rstrip(REPLACEMENT))
-        self._settled = len(self._tokens)
+        # Of the text of these tokens, `_given` belongs to the prompt, is given out, or stands in `_held`. Behind the
+        # first `_settled` ones stands a character that is not whole yet.
+        self._tokens, self._settled, self._given = list(prompt), 0, ""
+        self._keep_context()
         self._held = ""
 
     def feed(self, token: int) -> str:
@@ -35,24 +38,53 @@ class TextStream:
         text = self._decode()
         whole = text.rstrip(REPLACEMENT)
         if whole != text and len(self._tokens) - self._settled <= LONGEST_WAIT:
-            new, self._given = whole[self._given :], max(self._given, len(whole))
+            new = ""
+            if self._goes_on(whole) and (new := self._beyond_given(whole)):
+                self._given = whole
             return self._release(new)
-        new = text[self._given :]
-        # Only the tokens since the last whole character are kept, as the context of the next ones.
-        self._tokens = self._tokens[self._settled :]
-        self._settled, self._given = len(self._tokens), len(self._decode())
+        new = self._new_in(text)
+        self._keep_context()
         return self._release(new)
 
     def finish(self) -> str:
         """The text held back, when no more tokens come: half a character is U+FFFD."""
         if self.stopped:
             return ""
-        new = self._release(self._decode()[self._given :])
+        new = self._release(self._new_in(self._decode()))
         held, self._held = self._held, ""
         return new if self.stopped else new + held
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._tokens)
+
+    def _keep_context(self) -> None:
+        """Of the tokens so far, keep the last ones, by which the next ones are spelled, from a whole character on: of a
+        run of bytes in which half a character stands, some decoders spell none at all."""
+        tokens, count = self._tokens, CONTEXT_TOKENS
+        while count <= MOST_TOKENS:
+            for more in range(LONGEST_CHARACTER):
+                self._tokens = tokens[-count - more :]
+                self._given = self._decode()
+                if len(self._tokens) == len(tokens) or self._given[:1] not in ("", REPLACEMENT):
+                    self._settled = len(self._tokens)
+                    return
+            count *= 2
+        self._settled = len(self._tokens)
+
+    def _goes_on(self, text: str) -> bool:
+        return text.startswith(self._given.rstrip(REPLACEMENT))
+
+    def _beyond_given(self, text: str) -> str:
+        """Of a text that goes on, what is not given. Half a character at the end of a prompt is U+FFFD until its other
+        half comes, and then another character; a U+FFFD that the prompt spells out stays."""
+        return text[len(os.path.commonprefix((self._given, text))) :]
+
+    def _new_in(self, text: str) -> str:
+        """What is to be given out of the whole `text`, half characters too. Where these have made U+FFFD of given
+        characters (see `_keep_context`), the new tokens by themselves."""
+        if self._goes_on(text):
+            return self._beyond_given(text)
+        return self._tokenizer.decode(self._tokens[self._settled :])
 
     def _release(self, new: str) -> str:
         """Of the text held back and the new one, what no stop string can reach."""

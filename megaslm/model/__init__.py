@@ -3,9 +3,11 @@
 from megaslm.model.context import STRETCH_METHODS, stretch_context, stretch_positions
 from megaslm.model.flops import count_parameters, flops_per_token
 from megaslm.model.initialization import build_model, initial_value, initialize_parameters
+from megaslm.model.precision import DTYPES
 from megaslm.model.transformer import Block, Decoder, LanguageModel, LanguageModelHead
 
 __all__ = [
+    "DTYPES",
     "STRETCH_METHODS",
     "Block",
     "Decoder",

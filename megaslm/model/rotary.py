@@ -87,8 +87,11 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
             rotated * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta)) for turns in YARN_TURNS
         )
         first, last = max(math.floor(most), 0), min(math.ceil(least), rotated - 1)
+        if first == last:
+            last += 0.001
         pairs = torch.arange(rotated // 2, dtype=torch.float32)
-        kept = 1 - ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)
+        # In a context so short that the last pair comes before the first, the ramp falls, as in transformers.
+        kept = 1 - ((pairs - first) / (last - first)).clamp(0, 1)
         return 1 / (factor * powers) * (1 - kept) + frequencies * kept
     if config.rope_scaling == "llama3":
         most, least = LLAMA3_TURNS

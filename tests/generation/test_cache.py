@@ -49,7 +49,7 @@ def test_no_token_is_without_a_key_that_it_sees(chunks):
     for length in chunks:
         cache.extend(length)
         mask = cache.mask(torch.zeros(1))
-        assert (mask == 0).any(-1).all() and mask.shape[-2:] in ((2 * length, cache.length), (1, cache.length))
+        assert (mask == 0).any(-1).all() and mask.shape == (3, 1, length, cache.length)
 
 
 def test_a_cache_holds_each_key_head_once_and_is_never_allocated_again():
@@ -61,6 +61,24 @@ def test_a_cache_holds_each_key_head_once_and_is_never_allocated_again():
         assert cache.layers[0].keys.shape == cache.layers[0].values.shape == (2, 1, 40, 20)
         model(tokens[:, 5:], cache=cache)
     assert cache.length == 8 and [layer.keys.data_ptr() for layer in cache.layers] == before
+
+
+def test_without_padding_tokens_have_no_mask_but_a_chunk_that_is_not_the_first():
+    """One would cost a pass over the scores, and a prompt its flash attention."""
+    for padding in (None, torch.tensor([0, 0])):
+        cache = KeyValueCache(network("llama").config, CONTEXT, padding)
+        assert cache.extend(8) == (0, None) and cache.is_plain
+        assert cache.extend(1) == (8, None) and not cache.is_plain and cache.mask(torch.zeros(1)) is None
+        # Once for all rows and heads: at a context of 100,000 tokens it has 51 million numbers.
+        assert cache.extend(4) == (9, None) and cache.mask(torch.zeros(1)).shape == (1, 1, 4, 13)
+
+
+def test_a_cache_for_more_tokens_than_the_context_is_a_fault():
+    config = network("llama").config
+    KeyValueCache(config, CONTEXT + 5, torch.tensor([0, 5]))  # the row of which only padding is out of reach
+    for padding in (None, torch.tensor([0, 4])):
+        with pytest.raises(AssertionError, match=f"does not fit in the model's context of {CONTEXT}"):
+            KeyValueCache(config, CONTEXT + 5, padding)
 
 
 def test_more_tokens_than_a_cache_has_room_for_are_a_fault():

@@ -40,6 +40,13 @@ def test_no_repeat_ngrams(logits, tokens, size, length):
     assert length < 40 or size == 4 or not torch.equal(expected, logits)
 
 
+def test_where_no_repeat_ngrams_would_leave_no_token_all_are_left(logits):
+    every = list(range(V))
+    found = RepeatedNgrams(1, [every, every[1:], *[[]] * (B - 2)]).ban(logits)
+    assert torch.equal(found[0], logits[0]) and torch.equal(found[2:], logits[2:])
+    assert found[1, 0] == logits[1, 0] and (found[1, 1:] == -torch.inf).all()
+
+
 @pytest.mark.parametrize("k", [1, 7, V - 1, V, V + 5])
 def test_top_k(logits, k):
     logits[2, :20] = logits[2].max() + 1  # ties with the k-th stay

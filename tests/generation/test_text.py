@@ -9,7 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from megaslm.data import Tokenizer, character_tokenizer
 from megaslm.generation.text import TextStream
 
-CHARACTERS = "ab é€中\U0001f600"
+CHARACTERS = "ab é€中\U0001f600\ufffd"
 
 
 def byte_level() -> Tokenizer:
@@ -34,6 +34,7 @@ def byte_fallback() -> Tokenizer:
     backend.decoder = decoders.Sequence(
         [metaspace, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
+    backend.add_special_tokens(["</s>"])
     return Tokenizer({"tokenizer.json": backend.to_str()}, "byte fallback")
 
 
@@ -59,10 +60,11 @@ def pieces(tokenizer, prompt, tokens, stop=()) -> tuple[list[str], TextStream]:
 @pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
 @given(prompt=texts, text=texts)
 def test_the_pieces_are_the_text_and_no_piece_has_half_a_character(tokenizer, prompt, text):
-    prompt_ids, ids = tokenizer.encode(prompt + "b").tolist(), tokenizer.encode("b" + text).tolist()
+    prompt_ids, ids = tokenizer.encode("b" + prompt).tolist(), tokenizer.encode("b" + text).tolist()
     ids = ids[len(tokenizer.encode("b")) :]
     shown, _ = pieces(tokenizer, prompt_ids, ids)
-    assert "".join(shown) == text and "\ufffd" not in "".join(shown[:-1])
+    assert "".join(shown) == text
+    assert all("".join(shown[:n]) == text[: len("".join(shown[:n]))] for n in range(len(shown)))
 
 
 @settings(deadline=None, max_examples=60)
@@ -97,11 +99,37 @@ def test_bytes_that_are_no_text_are_shown_in_the_end(tokenizer):
     assert "".join(shown) == "\ufffd" * 100 and "".join(shown[:60])
 
 
-def test_a_prompt_that_ends_in_half_a_character_is_gone_on_with():
-    tokenizer = TOKENIZERS["byte level"]
-    ids = tokenizer.encode("b\U0001f600b").tolist()
-    shown, _ = pieces(tokenizer, ids[:3], ids[3:])
-    assert "".join(shown) == "\U0001f600b"
+@pytest.mark.parametrize("text", ["\U0001f600b", "\U0001f600中€b", "\U0001f600\ufffdb"])
+@pytest.mark.parametrize("tokenizer", list(TOKENIZERS.values())[:2], ids=list(TOKENIZERS)[:2])
+def test_a_prompt_that_ends_in_half_a_character_is_gone_on_with(tokenizer, text):
+    ids, start = tokenizer.encode("b" + text).tolist(), len(tokenizer.encode("b"))
+    shown, _ = pieces(tokenizer, ids[: start + 2], ids[start + 2 :])
+    assert "".join(shown) == text
+
+
+def test_half_a_character_in_the_end_takes_none_from_what_stands_before_it():
+    """The decoder makes U+FFFD of all bytes of the run."""
+    tokenizer, a = TOKENIZERS["byte fallback"], 258
+    ids = tokenizer.encode("中中中中中").tolist()[1:]  # without the space that begins a text
+    assert len(ids) == 15 and "中" not in tokenizer.decode(ids[:-1])
+    for start in range(0, 14, 3):
+        shown, _ = pieces(tokenizer, ids[:start], ids[start:-1])
+        assert "".join(shown) == "中" * (4 - start // 3) + 2 * "\ufffd"
+    for length in range(3, 15, 3):  # of a long run, the context begins with a whole character
+        shown, _ = pieces(tokenizer, [a, *40 * ids[-3:], *ids[:length]], [*ids[length:], a])
+        assert "".join(shown) == "中" * (5 - length // 3) + "a"
+
+
+@pytest.mark.parametrize("count", [1, 2, 9, 100])
+def test_special_tokens_within_a_text_take_no_space_from_it(count):
+    tokenizer = TOKENIZERS["byte fallback"]
+    space, a, b, special = 257, 258, 259, 260
+    assert tokenizer.decode([a, special, space, b], skip_special=False) == "a</s> b"
+    for prompt, ids in (([a], [*[special] * count, space, b]), ([a, *[special] * min(count, 7)], [space, b])):
+        shown, _ = pieces(tokenizer, prompt, ids)
+        assert "".join(shown) == (" b" if count < 50 or not ids.count(special) else "b")
+    shown, _ = pieces(tokenizer, [], [space, space, a])  # what is no special token but looks like nothing
+    assert "".join(shown) == tokenizer.decode([space, space, a]) == " a"
 
 
 def test_long_texts_cost_as_much_per_token_as_short_ones():

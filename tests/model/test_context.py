@@ -21,33 +21,45 @@ def config(**switches) -> ModelConfig:
 @pytest.mark.parametrize("theta", [1e4, 5e5])
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 @pytest.mark.parametrize("context, original, factor", [(64, None, 4.0), (4096, 512, 3.7), (131072, 8192, 8.0)])
-@pytest.mark.parametrize("kind", ["yarn", "llama3"])
-def test_frequencies_and_scale_are_those_of_transformers(kind, context, original, factor, fraction, theta):
+@pytest.mark.parametrize("kind", ["none", "linear", "ntk", "yarn", "llama3"])
+def test_angles_are_those_of_transformers_over_the_whole_context(kind, context, original, factor, fraction, theta):
     transformers = pytest.importorskip("transformers")
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    ours = config(
-        context_length=context,
-        rope_scaling=kind,
-        rope_scaling_factor=factor,
-        rope_original_context=original,
-        rope_fraction=fraction,
-        rope_theta=theta,
-    )
+    scaling = {} if kind == "none" else {"rope_scaling": kind, "rope_scaling_factor": factor}
+    if kind in ("yarn", "llama3"):
+        scaling["rope_original_context"] = original
+    ours = config(context_length=context, rope_fraction=fraction, rope_theta=theta, **scaling)
     rope = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": ours.rope_original_context}
     if kind == "llama3":
         rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    elif kind == "linear":
+        del rope["original_max_position_embeddings"]
     rotated = int(ours.head_dim * fraction)  # as the size of a head: how a fraction is spelled differs by version
+    if kind in ("none", "ntk"):  # ntk is a larger theta, and has no other name there
+        theta, rope = theta * (factor ** (rotated / (rotated - 2)) if kind == "ntk" else 1.0), None
     sizes = dict(hidden_size=2 * rotated, num_attention_heads=2, head_dim=rotated, max_position_embeddings=context)
-    theirs = transformers.LlamaConfig(**sizes, rope_theta=theta, rope_scaling=rope)
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu")
-    assert torch.equal(rotary_frequencies(ours), frequencies)
+    theirs = LlamaRotaryEmbedding(transformers.LlamaConfig(**sizes, rope_theta=theta, rope_scaling=rope))
+    assert torch.equal(rotary_frequencies(ours), theirs.inv_freq)
+    cos, sin = theirs(torch.zeros(1), torch.arange(context)[None])  # both halves of a head have the same angles
     table = RotaryTable(ours)
-    position = min(1000, context - 1)
-    angles = position * frequencies
-    torch.testing.assert_close(table.cos[position], angles.cos() * scale)
-    torch.testing.assert_close(table.sin[position], angles.sin() * scale)
-    assert scale == pytest.approx(0.1 * math.log(factor) + 1 if kind == "yarn" else 1)
+    torch.testing.assert_close(table.cos, cos[0, :, : rotated // 2], rtol=0, atol=1e-6)
+    torch.testing.assert_close(table.sin, sin[0, :, : rotated // 2], rtol=0, atol=1e-6)
+    assert theirs.attention_scaling == pytest.approx(0.1 * math.log(factor) + 1 if kind == "yarn" else 1)
+
+
+@pytest.mark.parametrize("size, theta, original", [(4, 1e4, 4), (8, 10.0, 40), (128, 3.0, 8192), (64, 1e6, 1)])
+def test_yarn_of_few_channels_or_turns_is_that_of_transformers(size, theta, original):
+    """Where the pairs that turn 32 times and those that turn once are one, or in reverse order."""
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    switches = dict(rope_scaling="yarn", rope_scaling_factor=8.0, rope_original_context=original, rope_theta=theta)
+    ours = config(head_dim=size, context_length=8 * original, **switches)
+    rope = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": original}
+    sizes = dict(hidden_size=2 * size, num_attention_heads=2, head_dim=size, max_position_embeddings=8 * original)
+    theirs = transformers.LlamaConfig(**sizes, rope_theta=theta, rope_scaling=rope)
+    assert torch.equal(rotary_frequencies(ours), ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")[0])
 
 
 def test_the_original_context_follows_from_the_factor_and_is_of_yarn_and_llama3_alone():

@@ -1,6 +1,7 @@
 """tools/benchmark_generation.py on a model so small that nothing of its figures is of interest."""
 
 import json
+import re
 
 import pytest
 
@@ -31,9 +32,18 @@ def test_figures_are_of_equal_tokens_and_written_without_paths(run_tool, tmp_pat
 
 
 def test_other_tokens_than_those_of_transformers_are_an_error(run_tool, monkeypatch):
-    monkeypatch.setattr(generator._Batch, "_choose", lambda self, logits_BV, step: logits_BV.argmin(-1))
-    with pytest.raises(RuntimeError, match="are those of transformers"):
-        run_tool("benchmark_generation.py", *TINY, *SHORT)
+    """With the first place, and the gap of the logits there."""
+    real = generator._Batch._choose
+
+    def second_best(self, logits_BV, step):
+        next_B, largest_B = real(self, logits_BV, step)
+        return (logits_BV.topk(2).indices[:, 1] if step == 2 else next_B), largest_B
+
+    monkeypatch.setattr(generator._Batch, "_choose", second_best)
+    message = run_tool("benchmark_generation.py", *TINY, *SHORT).message()
+    assert "are those of transformers; in row 1 the first other one is token 3, " in message
+    gap = float(re.search(r"whose logits are (\S+) apart", message)[1])
+    assert gap > 0
 
 
 @pytest.mark.parametrize(
@@ -42,7 +52,8 @@ def test_other_tokens_than_those_of_transformers_are_an_error(run_tool, monkeypa
         (("--rounds", 0), "--rounds 0: give 1 or more"),
         (("--batch_sizes", 1, 0), "--batch_sizes 0: give 1 or more"),
         (("--new_tokens", 5000, *TINY), "more than the model's context of 2048"),
-        (("--model", "x", *TINY), "leave one out"),
+        (("--model", "x", *TINY), "model.num_layers=1 is of a preset"),
+        (("--model", "x", "--preset", "slm_small"), "--preset slm_small is of a preset"),
         (("--json", "not/there/x.json"), "a folder that is there"),
     ],
 )
