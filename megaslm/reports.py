@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,15 @@ def _strict(value: Any) -> Any:
 
 
 def check_folder_of(path: str | os.PathLike, option: str) -> None:
-    """UserError if a file can't come to lie at `path`: before hours of work, not after. `option` named it."""
-    if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+    """UserError if a file can't be written at `path` now: before hours of work, not after. `option` named it."""
+    folder = Path(path).absolute().parent
+    if not os.fspath(path) or Path(path).is_dir() or not folder.is_dir():
         raise UserError(f"{option} {path}: give the name of a file in a folder that is there")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{option} {path}: {folder} cannot be written ({error.strerror}); give another one") from None
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -44,3 +44,12 @@ def test_where_a_file_cannot_come_to_lie(tmp_path):
     for path in (tmp_path, tmp_path / "none" / "report.json"):
         with pytest.raises(UserError, match="--json .*: give the name of a file"):
             check_folder_of(path, "--json")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(UserError, match=r"--json .*: .* cannot be written \(Read-only file system\)"):
+        check_folder_of(tmp_path / "report.json", "--json")

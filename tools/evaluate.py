@@ -17,18 +17,24 @@ of the text.
 import argparse
 import functools
 import operator
-from collections.abc import Callable
+import sys
 from typing import Any
 
 from megaslm.checkpoint import ModelSource, open_model
-from megaslm.commands import run_command
-from megaslm.config import recorded_run_config
-from megaslm.data import ValidationData
+from megaslm.commands import interrupt_on_termination, run_command
 from megaslm.errors import UserError
-from megaslm.evaluation import DTYPES, LossSums, choose_placement, evaluate_text, evaluate_tokens, run_harness
-from megaslm.model import LanguageModel, count_parameters
+from megaslm.evaluation import (
+    EvaluationSet,
+    HarnessTasks,
+    LossSums,
+    Windows,
+    choose_placement,
+    open_sets,
+    own_validation,
+    task_rows,
+)
+from megaslm.model import DTYPES, LanguageModel, count_parameters
 from megaslm.reports import check_folder_of, table, write_json
-from megaslm.training import prepare_data
 
 BATCH_SIZE = 8
 # An option and what it is of: without that it would do nothing.
@@ -67,33 +73,29 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", metavar="FILE", help="write the results to FILE too")
     arguments = parser.parse_args()
     for option, needed in BELONGS_TO.items():
-        if getattr(arguments, option) not in (None, False) and not any(getattr(arguments, name) for name in needed):
+        given = getattr(arguments, option) not in (None, False)
+        if given and all(getattr(arguments, name) is None for name in needed):
             whose = " or ".join(f"--{name}" for name in needed)
             raise UserError(f"--{option} is of {whose}: give that too, or leave --{option} out")
-    if arguments.max_sequences and arguments.tasks and not (arguments.data or arguments.text):
+    if arguments.max_sequences is not None and arguments.tasks and not (arguments.data or arguments.text):
         raise UserError("--max_sequences is not of --tasks, whose documents --limit counts: leave it out")
     least = {"seq_length": 1, "stride": 1, "max_sequences": 1, "batch_size": 1, "limit": 1, "num_fewshot": 0}
     for option, low in least.items():
         value = getattr(arguments, option)
         if value is not None and value < low:
             raise UserError(f"--{option} {value}: give {low} or more")
-    if arguments.json:
+    if arguments.json is not None:
         check_folder_of(arguments.json, "--json")
     return arguments
 
 
 def main() -> None:
-    from tqdm import tqdm
-
     arguments = parse_arguments()
+    interrupt_on_termination()
     placement = choose_placement(arguments.device, arguments.dtype)
     source = open_model(arguments.model, arguments.tokenizer)
-    if (arguments.text or arguments.tasks) and source.tokenizer is None:
-        raise UserError(f"{arguments.model} has no tokenizer, which text and tasks need: --tokenizer DIR")
-    if not (arguments.data or arguments.text or arguments.tasks):
-        data, arguments.max_sequences = own_validation(source, arguments.max_sequences)
-    else:
-        data = token_files(arguments, source)
+    # What is asked is opened before the work: mistakes are told at once.
+    sets, tasks = open_evaluation(arguments, source)
     model = source.build(placement.device, placement.dtype, placement.ops)
     results = {
         "model": {"path": str(source.path), "kind": source.kind, "parameters": count_parameters(source.config)},
@@ -101,112 +103,80 @@ def main() -> None:
         "options": {name: value for name, value in vars(arguments).items() if name not in ("model", "json")},
     }
     print(f"{source.path}: {results['model']['parameters']:,} parameters, {placement}", flush=True)
-    if data or arguments.text:
-        with tqdm(unit=" windows", disable=None, leave=False) as bar:  # None: on a terminal alone
-            sets = evaluate_sets(arguments, model, source, data, bar.update)
-        overall = functools.reduce(operator.add, sets.values())
-        results["sets"] = {name: sums.record() for name, sums in sets.items()}
-        results["overall"] = overall.record()
-        print("\n".join(loss_lines({**sets, "together": overall} if len(sets) > 1 else sets)), flush=True)
-        if arguments.json:
-            write_json(arguments.json, results)
-    if arguments.tasks:
-        results["tasks"] = evaluate_tasks(arguments, model, source)
-        print("\n".join(task_lines(results["tasks"])))
-        if arguments.json:
-            write_json(arguments.json, results)
-
-
-def token_files(arguments: argparse.Namespace, source: ModelSource) -> dict[str, ValidationData]:
-    """Those of --data by their names."""
-    return {
-        prefix: ValidationData(
-            [prefix],
-            arguments.seq_length or source.config.context_length,
-            split=arguments.split,
-            vocab_size=source.config.vocab_size,
-            tokenizer_fingerprint=source.tokenizer.fingerprint if source.tokenizer else None,
-            mask_documents=arguments.mask_documents,
-            stride=arguments.stride,
+    if sets:
+        evaluate_sets(arguments, model, source, sets, results)
+    if tasks:
+        results["tasks"] = tasks.run(
+            model, source.tokenizer, eod_ids=source.eod_ids, limit=arguments.limit, batch_size=arguments.batch_size
         )
-        for prefix in arguments.data or []
-    }
+        header = ["task", "metric", "filter", "examples", "value", "standard error"]
+        print("\n".join(table(header, task_rows(results["tasks"]), "<<<>>>")))
+        keep(arguments, results)
 
 
-def own_validation(source: ModelSource, max_sequences: int | None) -> tuple[dict[str, ValidationData], int | None]:
-    """What the run of a checkpoint evaluates itself on, and how many windows of each set."""
-    if source.kind != "checkpoint" or "data" not in source.weights.run_config:
-        raise UserError(f"{source.path} says nothing of data: give --data, --text or --tasks")
-    run = recorded_run_config(source.weights.run_config, f"checkpoint {source.path}")
-    _, data = prepare_data(run, print)
-    return data.validation, max_sequences or run.eval.max_sequences
+def open_evaluation(arguments: argparse.Namespace, source: ModelSource) -> tuple[list[EvaluationSet], Any]:
+    """The sets and the tasks that are asked for."""
+    data, text, names = arguments.data or [], arguments.text or [], arguments.tasks
+    if names is not None and source.tokenizer is None:
+        raise UserError(f"{arguments.model} has no tokenizer, which tasks need: --tokenizer DIR")
+    tasks = None
+    if names is not None:
+        names = [name.strip() for name in names.split(",")]
+        tasks = HarnessTasks(names, include_path=arguments.include_path, num_fewshot=arguments.num_fewshot)
+    elif not (data or text):
+        return own_validation(source, arguments.max_sequences), None
+    windows = Windows(
+        arguments.seq_length or source.config.context_length,
+        stride=arguments.stride,
+        split=arguments.split,
+        mask_documents=arguments.mask_documents,
+        text_key=arguments.text_key or "text",
+        max_sequences=arguments.max_sequences,
+    )
+    return open_sets(source, data, text, windows), tasks
 
 
 def evaluate_sets(
     arguments: argparse.Namespace,
     model: LanguageModel,
     source: ModelSource,
-    data: dict[str, ValidationData],
-    progress: Callable[[int], None],
-) -> dict[str, LossSums]:
-    """The token files in `data` and the text of --text."""
-    common = {"max_sequences": arguments.max_sequences, "progress": progress}
-    found = {
-        name: evaluate_tokens(model, one, source.tokenizer, arguments.batch_size, **common)
-        for name, one in data.items()
-    }
-    seq_length = arguments.seq_length or source.config.context_length
-    for name in arguments.text or []:
-        found[name] = evaluate_text(
-            model,
-            [name],
-            source.tokenizer,
-            arguments.batch_size,
-            seq_length,
-            stride=arguments.stride,
-            mask_documents=arguments.mask_documents,
-            text_key=arguments.text_key or "text",
-            **common,
-        )
-    return found
+    sets: list[EvaluationSet],
+    results: dict[str, Any],
+) -> None:
+    """One after the other: what is finished is on the terminal and in the file."""
+    from tqdm import tqdm
+
+    width = max(len(name) for name in ["data", "together", *(one.name for one in sets)])
+    layout = f"{{:<{width}}}  {{:>8}}  {{:>12}}  {{:>9}}  {{:>15}}  {{:>15}}  {{:>9}}"
+    found: dict[str, LossSums] = {}
+
+    def say(*cells: str) -> None:
+        tqdm.write(layout.format(*cells).rstrip())
+        sys.stdout.flush()
+
+    with tqdm(unit=" windows", disable=None, leave=False) as bar:  # None: on a terminal alone
+        say("data", "loss", "perplexity", "bits/byte", "targets", "bytes", "tokens/s")
+        for one in sets:
+            found[one.name] = one.evaluate(model, source.tokenizer, arguments.batch_size, bar.update)
+            overall = functools.reduce(operator.add, found.values())
+            results["sets"] = {name: sums.record() for name, sums in found.items()}
+            results["overall"] = overall.record()
+            keep(arguments, results)
+            say(*loss_row(one.name, found[one.name]))
+        if len(found) > 1:
+            say(*loss_row("together", overall))
 
 
-def evaluate_tasks(arguments: argparse.Namespace, model: LanguageModel, source: ModelSource) -> dict[str, Any]:
-    found = run_harness(
-        model,
-        source.tokenizer,
-        [name.strip() for name in arguments.tasks.split(",")],
-        include_path=arguments.include_path,
-        num_fewshot=arguments.num_fewshot,
-        limit=arguments.limit,
-        batch_size=arguments.batch_size,
-    )
-    return {key: found[key] for key in ("results", "groups", "n-shot", "n-samples", "versions") if key in found}
+def keep(arguments: argparse.Namespace, results: dict[str, Any]) -> None:
+    if arguments.json:
+        write_json(arguments.json, results)
 
 
-def loss_lines(sets: dict[str, LossSums]) -> list[str]:
-    rows = []
-    for name, sums in sets.items():
-        mean, num_bytes = sums.mean, f"{sums.num_bytes:,}" if sums.num_bytes else "-"
-        bits = "-" if mean.bits_per_byte is None else f"{mean.bits_per_byte:.4f}"
-        rate = f"{sums.tokens / sums.seconds:,.0f}"
-        rows.append([name, f"{mean.loss:.4f}", f"{mean.perplexity:,.2f}", bits, f"{mean.targets:,}", num_bytes, rate])
-    return table(["data", "loss", "perplexity", "bits/byte", "targets", "bytes", "tokens/s"], rows, "<>>>>>>")
-
-
-def task_lines(tasks: dict[str, Any]) -> list[str]:
-    """Each metric of each task; lm-evaluation-harness names them METRIC,FILTER and METRIC_stderr,FILTER."""
-    rows = []
-    for task, metrics in tasks["results"].items():
-        shots = str(tasks["n-shot"].get(task, "-"))
-        for name, value in metrics.items():
-            metric, _, filtered = name.partition(",")
-            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            error = metrics.get(f"{metric}_stderr,{filtered}")
-            error = f"{error:.4f}" if isinstance(error, float) else "-"
-            rows.append([task, metric, filtered, shots, f"{value:.4f}", error])
-    return table(["task", "metric", "filter", "examples", "value", "standard error"], rows, "<<<>>>")
+def loss_row(name: str, sums: LossSums) -> list[str]:
+    mean, num_bytes = sums.mean, f"{sums.num_bytes:,}" if sums.num_bytes else "-"
+    bits = "-" if mean.bits_per_byte is None else f"{mean.bits_per_byte:.4f}"
+    rate = f"{sums.tokens / sums.seconds:,.0f}"
+    return [name, f"{mean.loss:.4f}", f"{mean.perplexity:,.2f}", bits, f"{mean.targets:,}", num_bytes, rate]
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ Exit codes: 0 all checks passed; 1 one did not; 2 a mistake in the command.
 import argparse
 import textwrap
 
-from megaslm.commands import run_command
-from megaslm.errors import UserError
-from megaslm.evaluation import DTYPES, ValidationOptions, ValidationReport, validate_model
+from megaslm.commands import interrupt_on_termination, run_command
+from megaslm.evaluation import ValidationOptions, ValidationReport, validate_model
+from megaslm.model import DTYPES
 from megaslm.reports import check_folder_of, table, write_json
 
 DEFAULTS = ValidationOptions()
@@ -38,7 +38,8 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=DEFAULTS.max_tokens,
         metavar="N",
-        help=f"of each text and token file, read the first N tokens (default: {DEFAULTS.max_tokens})",
+        help="of each text and token file, read the windows of the model's context that N tokens fill, one at least "
+        f"(default: {DEFAULTS.max_tokens})",
     )
     add("--tokenizer", metavar="DIR", help="tokenizer folder or hub name (default: the model's)")
     add("--quick", action="store_true", help="do not compare with transformers")
@@ -46,11 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", choices=DTYPES, default=DEFAULTS.dtype, help=f"arithmetic (default: {DEFAULTS.dtype})")
     add("--json", metavar="FILE", help="write the report to FILE too")
     arguments = parser.parse_args()
-    for option in ("max_perplexity", "max_tokens"):
-        value = getattr(arguments, option)
-        if value is not None and not value >= 1:
-            raise UserError(f"--{option} {value}: give 1 or more")
-    if arguments.json:
+    if arguments.json is not None:
         check_folder_of(arguments.json, "--json")
     return arguments
 
@@ -58,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = vars(parse_arguments())
     path, json_path = arguments.pop("path"), arguments.pop("json")
+    interrupt_on_termination()
     report = validate_model(path, ValidationOptions(**arguments))
     print("\n".join(report_lines(report)))
     if json_path:

@@ -45,7 +45,7 @@ def score_continuations(
     What does not fit in the model's context is cut off from the left. Of a continuation that is longer than that, each
     token is scored once: in pieces of a context's length, the last with as many tokens before it as fit.
 
-    progress: called with the number of continuations that each batch finishes, or starts if they have several pieces.
+    progress: called with the number of windows of each batch, `count_windows` in all.
     """
     windows = [
         _Window(owner, *window)
@@ -55,16 +55,18 @@ def score_continuations(
     # Of about one length, so that little is padding; the longest first, so that memory runs out at once or never.
     windows.sort(key=lambda window: -len(window.tokens))
     sums, greedy = [0.0] * len(continuations), [True] * len(continuations)
-    seen: set[int] = set()
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]
         for window, (log_likelihood, is_greedy) in zip(batch, _score(model, batch), strict=True):
             sums[window.owner] += log_likelihood
             greedy[window.owner] &= is_greedy
-        new = {window.owner for window in batch} - seen
-        seen |= new
-        progress(len(new))
+        progress(len(batch))
     return [Likelihood(*one) for one in zip(sums, greedy, strict=True)]
+
+
+def count_windows(continuations: Sequence[Continuation], context_length: int) -> int:
+    """How many windows `scoring_windows` makes of all of them."""
+    return sum(-(-len(one.tokens) // context_length) for one in continuations)
 
 
 def scoring_windows(

@@ -1,24 +1,21 @@
-"""Loss, perplexity and bits per byte of a model on token files and on text.
+"""Loss, perplexity and bits per byte of a model on tokens.
 
 Every target counts once and equally: sums over targets, never means of means. B windows of S tokens each.
 """
 
 import math
-import os
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megaslm.data import IGNORED_TARGET, TextSource, TokenFile, Tokenizer, ValidationData, preprocess
+from megaslm.config import ModelConfig
+from megaslm.data import IGNORED_TARGET, Tokenizer, ValidationData
 from megaslm.errors import UserError
 from megaslm.model import LanguageModel
-
-COUNTED_TOKENS = 1 << 22  # of a token file at a time
 
 
 @dataclass(frozen=True)
@@ -108,6 +105,7 @@ def sum_losses(
         progress: called with the number of windows of each pass of all ranks.
     """
     windows = min(data.num_windows, max_sequences or data.num_windows)
+    batch_size = min(batch_size, -(-windows // num_ranks))  # masked rows take as long as others
     losses: Tensor | None = None
     targets_seen = bytes_seen = 0
     for start in range(0, windows, batch_size * num_ranks):
@@ -139,7 +137,7 @@ def evaluate_tokens(
     The same windows and sums as a run's own evaluation. UserError for a window longer than the model's context, and for
     ids that are outside its vocabulary.
     """
-    check_context(model, data.seq_length)
+    check_context(model.config, data.seq_length)
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
@@ -158,52 +156,10 @@ def evaluate_tokens(
     return LossSums(losses, int(targets), int(num_bytes), windows * data.seq_length, seconds)
 
 
-def evaluate_text(
-    model: LanguageModel,
-    inputs: Sequence[str | os.PathLike],
-    tokenizer: Tokenizer,
-    batch_size: int,
-    seq_length: int,
-    *,
-    stride: int | None = None,
-    mask_documents: bool = False,
-    max_sequences: int | None = None,
-    text_key: str = "text",
-    progress: Callable[[int], None] = lambda windows: None,
-) -> LossSums:
-    """The losses of `model` over the text of `inputs`: whatever the sources of megaslm.data read.
-
-    The text is tokenized as a token file would be, into a temporary folder: documents one after the other, each closed
-    by the end-of-document token, which is a target and of no bytes. The first token of all is no target. Bytes are
-    those of the text itself, also where the tokenizer maps characters or does not know how many a token stands for.
-
-    stride, mask_documents: as in ValidationData. UserError for what a source refuses, and a text of under two tokens.
-    """
-    check_context(model, seq_length)
-    with tempfile.TemporaryDirectory(prefix="megaslm_") as folder:
-        prefix = os.path.join(folder, "text")
-        manifest = preprocess(TextSource(inputs, text_key), tokenizer, prefix)[prefix]
-        try:
-            data = ValidationData(
-                [prefix], seq_length, vocab_size=model.config.vocab_size, mask_documents=mask_documents, stride=stride
-            )
-        except UserError as error:
-            raise UserError(str(error).replace(prefix, ", ".join(map(str, inputs)))) from None
-        sums = evaluate_tokens(model, data, tokenizer, batch_size, max_sequences, progress)
-        if not (text_bytes := manifest.get("text_bytes")):
-            return sums
-        ids = TokenFile(prefix).tokens
-        of_tokens = sum(
-            tokenizer.count_bytes(ids[at : at + COUNTED_TOKENS]) for at in range(0, len(ids), COUNTED_TOKENS)
-        )
-    share = sums.num_bytes / of_tokens if of_tokens else 0.0
-    return LossSums(sums.losses, sums.targets, round(text_bytes * share), sums.tokens, sums.seconds)
-
-
-def check_context(model: LanguageModel, seq_length: int) -> None:
+def check_context(config: ModelConfig, seq_length: int) -> None:
     """UserError for windows that are longer than the model's context."""
-    if seq_length > model.config.context_length:
+    if seq_length > config.context_length:
         raise UserError(
-            f"seq_length {seq_length} is longer than the model's context of {model.config.context_length} tokens; give "
-            "that or less"
+            f"seq_length {seq_length} is longer than the model's context of {config.context_length} tokens; give that "
+            "or less"
         )

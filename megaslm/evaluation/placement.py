@@ -6,8 +6,7 @@ import torch
 from megaslm_kernels import Ops, select_backend
 
 from megaslm.errors import UserError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from megaslm.model import DTYPES
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,13 @@ def choose_placement(device: str | None, dtype: str) -> Placement:
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(name)
+        usable = found.type != "meta"  # which has no numbers
         torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:  # an AssertionError of a torch without CUDA
-        reason = next(iter(str(error).splitlines()), "no reason given")
-        raise UserError(f"the device {name} is not there ({reason}); give cpu, or leave it out") from None
+    except (RuntimeError, AssertionError):  # an AssertionError of a torch without CUDA
+        usable = False
+    if not usable:
+        raise UserError(
+            f"the device {name} is not there (this torch sees {torch.cuda.device_count()} GPUs); give cpu, cuda or "
+            "cuda:1, or leave it out"
+        )
     return Placement(found, DTYPES[dtype], select_backend("auto", found))

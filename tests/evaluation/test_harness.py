@@ -10,7 +10,7 @@ import torch
 from megaslm.config import ModelConfig
 from megaslm.data import load_tokenizer, train_bpe
 from megaslm.errors import UserError
-from megaslm.evaluation import run_harness
+from megaslm.evaluation import HarnessTasks, run_harness, task_rows
 from megaslm.generation import GenerationOptions, Generator
 from megaslm.model import build_model
 
@@ -102,7 +102,7 @@ def harness_model(model, tokenizer):
 def requests(kind: str, *arguments: tuple):
     from lm_eval.api.instance import Instance
 
-    return [Instance(kind, {}, one, index) for index, one in enumerate(arguments)]
+    return [Instance(kind, {}, one, index, metadata=("our_task", index, 1)) for index, one in enumerate(arguments)]
 
 
 @torch.no_grad()
@@ -171,19 +171,113 @@ def test_generations_end_before_their_stop_strings(model, tokenizer, harness_mod
         prompt = tokenizer.encode(context).tolist()[-(CONTEXT - 10) :]
         (alone,) = generator.generate([prompt], GenerationOptions(max_new_tokens=10, stop=("e",)))
         assert text == alone.text.split("e")[0]
-    with pytest.raises(UserError, match="num_beams"):
+    # As the harness's adapter: all that is asked for is generated, of as much of the prompt as then fits.
+    (whole,) = harness_model.generate_until(requests("generate_until", (contexts[2], {"max_gen_toks": 20})))
+    prompt = tokenizer.encode(contexts[2]).tolist()[-(CONTEXT - 20) :]
+    assert whole == generator.generate([prompt], GenerationOptions(max_new_tokens=20))[0].text
+    with pytest.raises(UserError, match="task our_task asks for num_beams"):
         harness_model.generate_until(requests("generate_until", ("a", {"num_beams": 4})))
+    with pytest.raises(UserError, match="our_task asks for 24 new tokens, and .* has room for 23"):
+        harness_model.generate_until(requests("generate_until", ("a", {"max_gen_toks": CONTEXT})))
+
+
+def test_draws_are_the_generators_and_temperature_0_is_greedy(model, tokenizer, harness_model):
+    def generate(**asked) -> str:
+        (text,) = harness_model.generate_until(requests("generate_until", ("the cat", {"max_gen_toks": 12, **asked})))
+        return text
+
+    def alone(**options) -> str:
+        return (
+            Generator(model, tokenizer).generate(["the cat"], GenerationOptions(max_new_tokens=12, **options))[0].text
+        )
+
+    greedy = alone()
+    assert generate(do_sample=True, temperature=0.0, top_p=0.9) == generate(do_sample=False) == generate() == greedy
+    assert generate(do_sample=True, temperature=2.0) == alone(temperature=2.0) != greedy
+    assert generate(temperature=2.0, top_k=7, seed=3) == alone(temperature=2.0, top_k=7, seed=3) != greedy
+
+
+def test_a_generation_ends_at_the_models_own_ids(model, tokenizer, harness_model):
+    from megaslm.evaluation.harness_model import HarnessModel
+
+    (alone,) = Generator(model, tokenizer).generate(["the cat"], GenerationOptions(max_new_tokens=8))
+    end = next(index for index, token in enumerate(alone.tokens) if index and token not in alone.tokens[:index])
+    adapter = HarnessModel(model, tokenizer, 2, quiet=True, eod_ids=[alone.tokens[end]])
+    (text,) = adapter.generate_until(requests("generate_until", ("the cat", {"max_gen_toks": 8})))
+    assert text == tokenizer.decode(list(alone.tokens[:end]))
+
+
+def test_cuts_are_told_by_task(harness_model, caplog):
+    long = "the cat sees a dog runs. " * 4
+    harness_model.loglikelihood(requests("loglikelihood", (long, " the"), ("the", " cat")))
+    assert "our_task: 1 requests are cut to their last 25 tokens" in caplog.text
+    harness_model.generate_until(requests("generate_until", (long, {"max_gen_toks": 4})))
+    assert "our_task: 1 requests are cut to their last 20 tokens" in caplog.text
 
 
 def test_a_tokenizer_without_an_end_of_document(model, tokenizer):
     from megaslm.evaluation.harness_model import HarnessModel
 
     without = load_tokenizer(tokenizer.name)
-    without.eod_id = None
+    without.eod_id = without.bos_id = None
     adapter = HarnessModel(model, without, 2, quiet=True)
     assert len(adapter.loglikelihood(requests("loglikelihood", ("the", " cat")))) == 1
     with pytest.raises(UserError, match="no end-of-document token"):
         adapter.loglikelihood_rolling(requests("loglikelihood_rolling", ("the cat",)))
+    without.eod_id, without.bos_id = 1, 2  # as by the harness's own adapter
+    assert (adapter.eot_token_id, adapter.prefix_token_id) == (1, 2)
+
+
+def test_results_are_rows_and_nothing_else_is_said(model, tokenizer, tasks, capfd):
+    found = run_harness(model, tokenizer, ["our_choice", "our_rolling"], include_path=tasks)
+    rows = {row[0]: row[1:] for row in task_rows(found)}
+    assert rows["our_choice"][:3] == ["acc", "none", "0"]
+    assert float(rows["our_choice"][3]) == pytest.approx(found["results"]["our_choice"]["acc,none"], abs=1e-4)
+    assert float(rows["our_choice"][4]) > 0  # its standard error
+    assert rows["our_rolling"][0] == "byte_perplexity" and rows["our_rolling"][4] == "-"
+    captured = capfd.readouterr()
+    assert "it/s" not in captured.err and "fatal" not in captured.err and captured.out == ""
+
+
+def test_mistakes_of_tasks(model, tokenizer, tasks, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "evaluate", None)  # where the harness looks for metrics that it does not know
+    with pytest.raises(UserError, match="our_choice cannot be run .*change its YAML file"):
+        run_harness(model, tokenizer, ["our_choice"], include_path=tasks, num_fewshot=50)
+    for names, says in ((["a", ""], "name of a task is empty"), (["a", "a"], "a task is given twice: a")):
+        with pytest.raises(UserError, match=says):
+            HarnessTasks(names)
+    text = (tasks / "choice.yaml").read_text()
+    for name, before, after, says in (
+        ("metric", "metric: acc,", "metric: weather,", "does not know the metric weather of the task our_metric"),
+        ("missing", ".jsonl", ".none", r"our_missing cannot be loaded \((?!.*network)"),
+        ("template", "doc_to_choice: choices", "doc_to_choice: '{{nothing.at.all}}'", r"our_template cannot be"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "task.yaml").write_text(text.replace("our_choice", f"our_{name}").replace(before, after))
+        with pytest.raises(UserError, match=says):
+            run_harness(model, tokenizer, [f"our_{name}"], include_path=folder)
+
+
+def test_a_fault_of_ours_keeps_its_traceback(model, tokenizer, tasks, monkeypatch):
+    def broken(*_, **__):
+        raise AssertionError("broken")
+
+    monkeypatch.setattr("megaslm.evaluation.harness_model.score_continuations", broken)
+    with pytest.raises(AssertionError, match="broken"):
+        run_harness(model, tokenizer, ["our_choice"], include_path=tasks)
+
+
+def test_an_older_harness(model, tokenizer, tasks, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.delattr(TaskManager, "load")
+    with pytest.raises(UserError, match="need lm-evaluation-harness, lm_eval>=0.4.12"):
+        run_harness(model, tokenizer, ["our_choice"], include_path=tasks)
+    monkeypatch.delattr("lm_eval.models.utils.normalize_gen_kwargs")
+    monkeypatch.delitem(sys.modules, "megaslm.evaluation.harness_model")
+    with pytest.raises(UserError, match=r"lm_eval>=0.4.12 \(cannot import name 'normalize_gen_kwargs'"):
+        run_harness(model, tokenizer, ["our_choice"], include_path=tasks)
 
 
 def test_what_cannot_be_had(model, tokenizer, tasks, monkeypatch):
@@ -205,5 +299,5 @@ def test_what_cannot_be_had(model, tokenizer, tasks, monkeypatch):
     with pytest.raises(UserError, match="no task nothing, neither in .* nor in the harness"):
         run_harness(model, tokenizer, ["nothing", "our_hub"], include_path=tasks)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match="need lm-evaluation-harness .*pip install"):
+    with pytest.raises(UserError, match="need lm-evaluation-harness, lm_eval>=0.4.12 .*pip install"):
         run_harness(model, tokenizer, ["our_choice"], include_path=tasks)

@@ -5,7 +5,7 @@ import torch
 
 from megaslm.config import ModelConfig
 from megaslm.evaluation import Continuation, likelihood, score_continuations
-from megaslm.evaluation.likelihood import scoring_windows
+from megaslm.evaluation.likelihood import count_windows, scoring_windows
 from megaslm.model import build_model
 
 CONTEXT = 12
@@ -61,7 +61,7 @@ def test_continuations_of_all_lengths_in_batches(model, batch_size, monkeypatch)
         expected, greedy = token_by_token(model, context, tokens)
         assert one.log_likelihood == pytest.approx(expected, abs=1e-4) and one.is_greedy == greedy
     assert [one.is_greedy for one in found[-4:]] == [True] * 4 and not all(one.is_greedy for one in found)
-    assert sum(done) == len(pairs)
+    assert sum(done) == len(pairs) == count_windows([Continuation(*pair) for pair in pairs], CONTEXT)
 
 
 def test_a_context_that_does_not_fit_loses_its_start(model):
@@ -86,7 +86,9 @@ def test_a_continuation_longer_than_the_context_is_scored_in_pieces(model):
         ]
         assert list(scoring_windows([7], tokens, CONTEXT)) == theirs
     tokens = numbers(31, 5)
-    (found,) = score_continuations(model, [Continuation([7], tokens)], 2)
+    done = []
+    (found,) = score_continuations(model, [Continuation([7], tokens)], 2, done.append)
+    assert done == [2, 1] and count_windows([Continuation([7], tokens)], CONTEXT) == 3
     expected = 0.0
     for window, scored in scoring_windows([7], tokens, CONTEXT):
         expected += token_by_token(model, window[:-scored], window[-scored:])[0]

@@ -12,7 +12,7 @@ from megaslm.config import ModelConfig
 from megaslm.data import ValidationData, build_token_file, load_tokenizer, train_bpe
 from megaslm.data.sources import TextSource
 from megaslm.errors import UserError
-from megaslm.evaluation import LossSums, evaluate_text, evaluate_tokens
+from megaslm.evaluation import LossSums, evaluate_text, evaluate_tokens, sum_losses
 from megaslm.model import build_model
 
 CONTEXT = 16
@@ -140,6 +140,32 @@ def test_sums_of_several_sets():
     assert (one + one).mean.loss == 2.5 and (one + one).mean.bits_per_byte == pytest.approx(1.25 / math.log(2))
     assert (one + other).mean.loss == 2.0 and (one + other).mean.bits_per_byte is None
     assert (one + other).record()["tokens_per_s"] == 16 and (one + other).record()["bytes"] is None
+
+
+def test_no_rows_are_computed_for_nothing(tmp_path, tokenizer, text):
+    """A batch is never larger than what there is, and alike on all ranks."""
+    build_token_file(iter(TextSource([text])), tokenizer, str(tmp_path / "tokens"))
+    data = ValidationData([str(tmp_path / "tokens")], CONTEXT)
+    assert data.num_windows == 5
+
+    def rows(batch_size: int, rank: int = 0, num_ranks: int = 1, max_sequences: int | None = None) -> list[int]:
+        shapes, targets = [], 0
+
+        def loss_sum(tokens, of_batch, _):
+            nonlocal targets
+            shapes.append(len(tokens))
+            targets += (of_batch >= 0).sum()
+            return torch.zeros(())
+
+        sums = sum_losses(loss_sum, data, None, batch_size, max_sequences, rank, num_ranks)
+        assert sums[1] == targets
+        seen.append(targets)
+        return shapes
+
+    seen = []
+    assert rows(8) == [5] and rows(8, max_sequences=2) == [2] and rows(2) == [2, 2, 2]
+    seen = []
+    assert rows(8, 0, 2) == rows(8, 1, 2) == [3] and sum(seen) == data.num_targets
 
 
 def test_what_does_not_fit_the_model(model, tokenizer, text):
