@@ -10,17 +10,19 @@ bash "$root/launch/install.sh"
 cd "$root"
 export PATH="$root/.venv/bin:$PATH"
 
-run_dir="" previous=""
+run_dir="" previous="" dry_run=""
 for argument in "$@"; do
     case "$argument" in
     -h | --help | --help_config | --list_presets | --print_config) exec python launch/pretrain.py "$@" ;;
+    --dry_run) dry_run=yes ;;
     --run_dir=*) run_dir="${argument#*=}" ;;
     esac
     [ "$previous" = --run_dir ] && run_dir="$argument"
     previous="$argument"
 done
 if [ -z "$run_dir" ]; then
-    run_dir="runs/$(python launch/pretrain.py --print_config "$@" | python -c 'import json, sys; print(json.load(sys.stdin)["name"])')"
+    config="$(python launch/pretrain.py --print_config "$@")" # a mistake among the arguments is told here, and ends this
+    run_dir="runs/$(python -c 'import json, sys; print(json.load(sys.stdin)["name"])' <<<"$config")"
 fi
 
 launcher=(deepspeed --log_level error) # of the launcher only, which is chatty
@@ -33,7 +35,7 @@ else
 fi
 "${launcher[@]}" launch/pretrain.py --ds_config ds_configs/zero2.json "$@"
 
-[ -d "$run_dir/checkpoints" ] || exit 0 # --dry_run
+[ -z "$dry_run" ] || exit 0
 echo
 python tools/convert_to_hf.py --checkpoint "$run_dir" --output "$run_dir/export" --overwrite
 echo

@@ -7,13 +7,14 @@ Reads llama, mistral, qwen3, gpt2 and gpt_neox from safetensors files, whole or 
 that does anything our network does not is refused, with the key of its config.json that says so. Before the checkpoint
 gets its name, transformers computes the logits of a text from the original, and they must agree to 1e-4.
 
-Beside the checkpoint a run config is written, OUTPUT.json, with which pretraining continues from it; the commands for
-that are printed.
+In the checkpoint lies a run config, continue.json, with which pretraining continues from it; the commands for that are
+printed.
 """
 
 import argparse
+import shlex
 
-from megaslm.commands import run_command
+from megaslm.commands import interrupt_on_termination, run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -26,19 +27,17 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
+    interrupt_on_termination()
     from megaslm.checkpoint import import_model
 
     done = import_model(arguments.model, arguments.output, arguments.tokenizer)
     print(f"{done.checkpoint}: the checkpoint; {done.run_config}: a run config to continue from it")
-    if done.tokenizer is None:
-        print("no tokenizer.json was found with it: name the tokenizer (--tokenizer DIR) wherever a tool needs one")
-    tokenizer = done.tokenizer or "TOKENIZER"
-    print(
-        "\nTo continue its pretraining on a text of yours (rate, batch and length stand in the run config):\n\n"
-        f"    python tools/preprocess_data.py --input TEXT --tokenizer {tokenizer} --output data/{done.run_name}\n"
-        f"    python launch/pretrain.py --preset {done.run_config} --resume weights --from {done.checkpoint} "
-        f"data.train=data/{done.run_name}"
-    )
+    data = f"data/{done.run_name}"
+    preprocess = ["python", "tools/preprocess_data.py", "--input", "TEXT", "--tokenizer", done.tokenizer or "TOKENIZER"]
+    pretrain = ["python", "launch/pretrain.py", "--preset", done.run_config, "--resume", "weights"]
+    print("\nTo continue its pretraining on a text of yours (rate, batch and length stand in the run config):\n")
+    for words in ([*preprocess, "--output", data], [*pretrain, "--from", done.checkpoint, f"data.train={data}"]):
+        print(f"    {shlex.join(map(str, words))}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,14 @@
 from megaslm.checkpoint.background import BackgroundSave
 from megaslm.checkpoint.buffers import HostBuffers
 from megaslm.checkpoint.comparison import Comparison, KindComparison, compare_checkpoints
-from megaslm.checkpoint.fingerprint import NUM_TOKENS, Fingerprint, compare_fingerprints, take_fingerprint
+from megaslm.checkpoint.fingerprint import (
+    NUM_TOKENS,
+    Fingerprint,
+    FingerprintCheck,
+    check_fingerprint,
+    compare_fingerprints,
+    take_fingerprint,
+)
 from megaslm.checkpoint.folder import (
     Retention,
     SaveFailed,
@@ -17,12 +24,13 @@ from megaslm.checkpoint.folder import (
     write_checkpoint,
 )
 from megaslm.checkpoint.format import WEIGHTS, Checkpoint, DamagedCheckpoint, Piece, open_checkpoint
-from megaslm.checkpoint.huggingface.export import EXPORT_RECORD, ExportResult, export_checkpoint, verify_export
+from megaslm.checkpoint.huggingface.export import ExportResult, export_checkpoint
 from megaslm.checkpoint.huggingface.folder import HuggingFaceFolder
 from megaslm.checkpoint.huggingface.hub import push_export, sign_in
 from megaslm.checkpoint.huggingface.importing import ImportResult, import_model
 from megaslm.checkpoint.huggingface.memory import as_transformers
 from megaslm.checkpoint.huggingface.parity import ExportDiffers, LogitsCheck, compare_logits
+from megaslm.checkpoint.huggingface.record import EXPORT_RECORD, verify_export
 from megaslm.checkpoint.inspection import (
     CheckpointReport,
     Contents,
@@ -31,7 +39,7 @@ from megaslm.checkpoint.inspection import (
     inspect_path,
     report_json,
 )
-from megaslm.checkpoint.opening import ModelSource, open_model
+from megaslm.checkpoint.opening import ModelSource, newest_checkpoint, open_model
 from megaslm.checkpoint.safetensors_file import LazyTensor
 from megaslm.checkpoint.save import (
     NoHostMemory,
@@ -54,6 +62,7 @@ __all__ = [
     "ExportDiffers",
     "ExportResult",
     "Fingerprint",
+    "FingerprintCheck",
     "FolderReport",
     "HostBuffers",
     "HuggingFaceFolder",
@@ -74,6 +83,7 @@ __all__ = [
     "as_transformers",
     "check_compatible",
     "check_engine",
+    "check_fingerprint",
     "checkpoint_name",
     "checkpoint_step",
     "clear_leftovers",
@@ -86,6 +96,7 @@ __all__ = [
     "inspect_path",
     "latest_sound",
     "list_checkpoints",
+    "newest_checkpoint",
     "open_checkpoint",
     "open_model",
     "push_export",

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megaslm.checkpoint import Fingerprint, compare_fingerprints
+
 WORKER = Path(__file__).with_name("engine_worker.py")
 ROOT = WORKER.parents[2]
 LAYOUTS = [
@@ -73,7 +75,12 @@ def found(tmp_path_factory, free_port) -> dict:
     """Findings of three launches: {"two": ..., "one": ..., "two_again": ...}."""
     directory = tmp_path_factory.mktemp("checkpoints")
     alone = [[task, layout] for layout in ("z0", "z1", "z3") for task in ("weights_alone", "before_first_step")]
-    two = launch(2, directory, free_port(), [["same_layout", layout] for layout in LAYOUTS] + alone + [["failures"]])
+    two = launch(
+        2,
+        directory,
+        free_port(),
+        [["same_layout", layout] for layout in LAYOUTS] + alone + [["failures"], ["fingerprints"]],
+    )
     first = [["chain", f"{a}_2/step_00000003", b, 3, 5] for a, b, _ in CHAINS]
     one = launch(1, directory, free_port(), [["same_layout", layout] for layout in ONE_RANK] + [["failures"]] + first)
     second = [["chain", f"{a}_2-{b}_1/step_00000005", c, 5, 6] for a, b, c in CHAINS]
@@ -142,3 +149,23 @@ def test_failures_are_told_on_every_rank(found, ranks):
     assert all("exp_avg_0000" in message and "hash differs" in message for message in result["damaged"])
     assert result["replaced"] == 2 and result["list"] == ["step_00000001", "step_00000002"]
     assert all("up.weight is [37, 16] in the checkpoint and [38, 16]" in text for text in result["another_model"])
+
+
+def test_fingerprints_of_weights_that_lie_on_several_ranks(found):
+    result = found["two"]["fingerprints"]
+    alone = Fingerprint.from_json(result["alone"])
+    assert set(result["z3"]["spread"]) == {"NOT_AVAILABLE"} and not result["z1"]["spread"]
+    for layout, precisions in (
+        ("z3", {"fp32", "bf16", "fp16"}),
+        ("z1", {"fp32", "bf16", "fp16"}),
+        ("z3_bf16", {"bf16"}),
+    ):
+        here = Fingerprint.from_json(result[layout]["fingerprint"])
+        assert here.figures.keys() == precisions
+        assert compare_fingerprints(alone, here) is None, layout
+
+
+def test_a_difference_that_one_rank_sees_stops_all(found):
+    result = found["two"]["fingerprints"]
+    assert result["seen"] == [True, False]
+    assert all("does not compute what it did when it was saved" in message for message in result["refusal"])

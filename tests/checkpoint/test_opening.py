@@ -102,6 +102,32 @@ def test_a_huggingface_folder_is_the_same_network(tmp_path):
     assert torch.equal(half.decoder.rotary_table.cos, expected.decoder.rotary_table.cos)
 
 
+@pytest.mark.parametrize(
+    "config_json, generation_json, expected",
+    [
+        ({}, None, set()),
+        ({"eos_token_id": 3}, None, {3}),
+        ({"eos_token_id": 3}, {"eos_token_id": [4, 5]}, {4, 5}),
+        ({"eos_token_id": [3, 6]}, {}, {3, 6}),
+    ],
+)
+def test_what_ends_a_text_is_what_the_folder_names(tmp_path, config_json, generation_json, expected):
+    folder = huggingface(tmp_path / "hf")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "eos_token_id": None, **config_json}))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if generation_json is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation_json))
+    assert open_model(folder).eod_ids == expected
+
+
+def test_a_huggingface_folder_may_have_a_folder_of_checkpoints(tmp_path):
+    (huggingface(tmp_path / "hf") / "checkpoints").mkdir()
+    assert open_model(tmp_path / "hf").kind == "huggingface"
+    with pytest.raises(UserError, match="name is empty"):
+        open_model("")
+
+
 def test_a_longer_context_is_built(tmp_path):
     short = open_model(save(tmp_path, config=LEARNED))
     model = short.build(config=stretch_context(LEARNED, 63, "interpolate"))
@@ -169,9 +195,43 @@ def test_a_tokenizer_that_is_given_must_be_the_models(run_folder, tmp_path, toke
     assert open_model(folder, str(tmp_path / "other")).tokenizer.name == str(tmp_path / "other")
     with pytest.raises(UserError, match="has 3[0-9]+ tokens and the model of .*hf only 300"):
         open_model(folder, str(tmp_path / "large"))
-    shutil.copytree(tmp_path / "large", folder, dirs_exist_ok=True)
-    with pytest.raises(UserError, match="has 3[0-9]+ tokens"):
+    train_bpe(["many words to have a vocabulary that is larger " * 3 + str(i) for i in range(99)], 300).save(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    extra = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"] += [{"id": 300 + i, "content": f"<{i}>", **extra, "special": True} for i in range(4)]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="only 300: beyond its embedding lie '<0>', '<1>', '<2>' and others"):
         open_model(folder)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"ffn_hidden_size": 50},
+            r"feed_forward.down.weight has the shape \(32, 48\) instead of \(32, 50\) and 5 more",
+        ),
+        ({"num_layers": 3}, "decoder.blocks.2.attention.out.bias is missing and"),
+        ({"num_layers": 1}, "decoder.blocks.1.attention.out.bias is of no use to it and"),
+    ],
+)
+def test_weights_of_another_model_than_the_config_says(tmp_path, change, message):
+    config = CONFIG.model_copy(update=change).model_dump(mode="json")
+    source = open_model(save(tmp_path, model=config))
+    with pytest.raises(UserError, match=message):
+        source.build()
+
+
+def test_the_tokenizer_of_the_training_is_known_also_where_it_is_gone(tmp_path, tokenizer):
+    gone = open_model(save(tmp_path / "gone", trained_with=tokenizer))
+    assert gone.tokenizer is None and gone.tokenizer_fingerprint == tokenizer.fingerprint
+    assert open_model(save(tmp_path / "unknown")).tokenizer_fingerprint is None
+    carried = open_model(save(tmp_path / "carried", carried=tokenizer))
+    assert carried.tokenizer_fingerprint == tokenizer.fingerprint
+    folder = huggingface(tmp_path / "hf")
+    assert open_model(folder).tokenizer_fingerprint is None
+    tokenizer.save(folder)
+    assert open_model(folder).tokenizer_fingerprint == tokenizer.fingerprint
 
 
 def empty_run(folder):
@@ -186,6 +246,11 @@ def of_deepspeed(folder):
 
 def a_file(folder):
     folder.write_text("")
+
+
+def long_context(folder):
+    path = huggingface(folder) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 10**12}))
 
 
 def newer(folder):
@@ -216,6 +281,8 @@ def without_model(folder):
         (a_file, "is a file; a checkpoint is a folder"),
         (newer, "has format version 99, this megaslm reads"),
         (without_model, "says nothing of the model"),
+        (lambda folder: save(folder, name="imported"), "folder of checkpoints with names of their own.*/imported"),
+        (long_context, r"max_position_embeddings is 10+, whose rotary angles take .* GB"),
         (lambda folder: folder.symlink_to("nowhere"), "there is no checkpoint .*nowhere"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import runpy
 import shlex
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import torch
 import transformers
 
 from megaslm.checkpoint import open_checkpoint
+from megaslm.checkpoint.huggingface import importing
 from megaslm.data import train_bpe
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -44,15 +46,15 @@ def llama(tmp_path, monkeypatch):
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained("llama")
     train_bpe([TEXT], 290).save("llama")
     Path("texts").mkdir()
-    for i in range(60):
+    for i in range(30):
         (Path("texts") / f"{i}.txt").write_text(TEXT)
     return Path("llama")
 
 
 def test_the_printed_commands_continue_the_pretraining(llama, run, command, metrics):
-    done = run("convert_from_hf.py", "--model", llama, "--output", "checkpoints/imported")
+    done = run("convert_from_hf.py", "--model", llama, "--output", "checkpoints/my model's")
     assert done.code == 0, done.err
-    assert "logits of transformers" in done.out and "checkpoints/imported: the checkpoint" in done.out
+    assert "largest difference of a logit" in done.out and "checkpoints/my model's: the checkpoint" in done.out
     preprocess, pretrain = (shlex.split(line) for line in done.out.splitlines() if line.startswith("    python "))
     assert (preprocess[1], pretrain[1]) == ("tools/preprocess_data.py", "launch/pretrain.py")
     tokenized = run("preprocess_data.py", *["texts" if word == "TEXT" else word for word in preprocess[2:]])
@@ -62,11 +64,14 @@ def test_the_printed_commands_continue_the_pretraining(llama, run, command, metr
         "schedule.warmup_steps=0", "logging.tensorboard=false",
     )  # fmt: skip
     assert finished.code == 0, finished.out + finished.err
-    assert "a new run from the weights of checkpoints/imported\n" in finished.out
-    run_dir = Path("runs/imported-continued")
+    assert "a new run from the weights of checkpoints/my model's\n" in finished.out
+    run_dir = Path("runs/my_model_s-continued")
     assert [record["step"] for record in metrics(run_dir)] == [1, 2, 3]
     # At such a rate no weight moves.
-    before, after = open_checkpoint("checkpoints/imported"), open_checkpoint(run_dir / "checkpoints" / "step_00000003")
+    before, after = (
+        open_checkpoint("checkpoints/my model's"),
+        open_checkpoint(run_dir / "checkpoints" / "step_00000003"),
+    )
     assert all(torch.equal(before.read(name), after.read(name)) for name in before.shapes)
     assert after.tokenizer().same_files(before.tokenizer())
 
@@ -88,3 +93,32 @@ def test_a_mistake_is_one_message(llama, run, break_it, message):
     done = run("convert_from_hf.py", "--model", llama, "--output", "out")
     assert done.code == 2 and done.err.startswith("error: ") and done.err.count("error: ") == 1
     assert message in done.err and sorted(Path().iterdir()) == before
+
+
+@pytest.fixture
+def handlers():
+    """Those of this process, put back afterwards; until then, of a process that does nothing about signals."""
+
+    def ends(number, frame):
+        pytest.fail(f"signal {number} would have ended the process at once")
+
+    numbers = [signal.SIGTERM, signal.SIGHUP]
+    before = [signal.signal(number, ends) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_an_import_that_is_ended_leaves_nothing(name, llama, run, monkeypatch, handlers):
+    real = importing.compare_logits
+
+    def ended(*arguments, **options):
+        assert Path(".out.import/out").is_dir()
+        signal.raise_signal(getattr(signal, name))
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(importing, "compare_logits", ended)
+    before = sorted(Path().iterdir())
+    done = run("convert_from_hf.py", "--model", llama, "--output", "out")
+    assert done.code == 130 and sorted(Path().iterdir()) == before

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,9 @@ from megaslm.checkpoint.format import read_manifest, write_manifest
 from megaslm.data import load_tokenizer, train_bpe
 
 pytest.importorskip("transformers")
+huggingface_hub = pytest.importorskip("huggingface_hub")
+from huggingface_hub.errors import RepositoryNotFoundError  # noqa: E402
+from huggingface_hub.utils import filter_repo_objects  # noqa: E402
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "convert_to_hf.py"
 
@@ -72,9 +76,9 @@ def test_a_run_becomes_a_folder(run_dir, convert, corpus, tmp_path):
     code, _, err = convert(*arguments)
     assert code == 2 and "--overwrite" in err
     text = tmp_path / "run" / "text"
-    text.write_text("a dog sees one bird")
+    text.write_text("a dog sees one bird, the cat runs")
     code, out, err = convert(*arguments, "--overwrite", "--dtype", "fp32", "--text", text)
-    assert code == 0 and "over 19 tokens (given text)" in out, err
+    assert code == 0 and "over 32 tokens (given text)" in out, err
     assert left(tmp_path) == ["out"]
 
 
@@ -112,9 +116,12 @@ def test_mistakes_are_one_message(run_dir, convert, tmp_path):
         (("--checkpoint", missing), "weights_00000.safetensors is missing"),
         ((*good, "--tokenizer", small), "is not the tokenizer"),
         ((*good, "--max_shard_size", "5 apples"), "--max_shard_size '5 apples' is no size"),
-        ((*good, "--text", run_dir / "no"), "can't be read"),
+        ((*good, "--text", run_dir / "no"), "is no file"),
+        ((*good, "--text", "."), "is no file"),
+        ((*good, "--text", newest / "weights_00000.safetensors"), "can't be read"),
         ((*good, "--private"), "--private is of --push_to_hub"),
         ((*good, "--push_to_hub", "no/such/name"), "can't upload to no/such/name"),
+        ((*good, "--push_to_hub", ""), "can't upload to"),
     ):
         code, out, err = convert(*arguments, "--output", tmp_path / "out")
         assert code == 2 and err.startswith("error:") and err.count("\n") == 1 and message in err, (arguments, err)
@@ -135,37 +142,74 @@ def test_an_interrupted_export_leaves_nothing(run_dir, convert, tmp_path, monkey
 
 
 class Hub:
-    """HfApi of huggingface_hub, which keeps what it is given."""
+    """HfApi of huggingface_hub, with repositories that keep what they are given."""
 
-    calls: list = []
-    failure: Exception | None = None
+    def __init__(self):
+        self.repositories: dict[str, SimpleNamespace] = {}
+        self.failure: Exception | None = None
 
     def whoami(self):
-        return {"name": "somebody"}
-
-    def create_repo(self, name, private, exist_ok):
-        self.calls.append((name, private, exist_ok))
-        return f"https://hub.example/{name}"
-
-    def upload_folder(self, repo_id, folder_path, commit_message):
         if self.failure:
             raise self.failure
-        self.calls.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+        return {"name": "somebody"}
+
+    def repo_info(self, name):
+        if name not in self.repositories:
+            raise RepositoryNotFoundError("no such repository", response=requests_response())
+        return self.repositories[name]
+
+    def create_repo(self, name, private, exist_ok):
+        assert exist_ok
+        self.repositories.setdefault(name, SimpleNamespace(private=private, files={}))
+        return f"https://hub.example/{name}"
+
+    def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns):
+        if self.failure:
+            raise self.failure
+        files = self.repositories[repo_id].files
+        for name in list(filter_repo_objects(files, allow_patterns=delete_patterns)):  # as the hub's client does it
+            del files[name]
+        files.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()})
 
 
-def test_an_upload_on_request(run_dir, convert, tmp_path, monkeypatch):
-    import huggingface_hub
+def requests_response():
+    """What the client's errors carry, whose library differs by version."""
+    return SimpleNamespace(headers={}, request=None, status_code=404)
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    arguments = ("--checkpoint", run_dir, "--output", tmp_path / "out", "--push_to_hub", "somebody/tiny")
-    code, out, err = convert(*arguments, "--private")
-    assert code == 0 and out.splitlines()[-1] == "uploaded: https://hub.example/somebody/tiny", err
-    assert Hub.calls == [("somebody/tiny", True, True), ("somebody/tiny", left(tmp_path / "out"))]
-    monkeypatch.setattr(Hub, "failure", OSError("connection lost\nsome more"))
+
+@pytest.fixture
+def hub(monkeypatch) -> Hub:
+    one = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: one)
+    return one
+
+
+def test_an_upload_on_request(run_dir, convert, hub, tmp_path):
+    out = tmp_path / "out"
+    arguments = ("--checkpoint", run_dir, "--output", out, "--push_to_hub", "tiny")
+    code, printed, err = convert(*arguments, "--private")
+    assert code == 0 and printed.splitlines()[-1] == "uploaded: https://hub.example/somebody/tiny", err
+    repository = hub.repositories["somebody/tiny"]
+    assert repository.private and sorted(repository.files) == left(out) and "model.safetensors" in repository.files
+    assert 'from_pretrained("somebody/tiny"' in (out / "README.md").read_text()
+    # Over an older export: its weights, which transformers would open first, and its tokenizer's files go.
+    repository.files |= {"chat_template.jinja": b"", "LICENSE": b"mine", "adapters/model.bin": b"mine"}
+    code, _, err = convert(*arguments, "--overwrite", "--max_shard_size", "20KB")
+    assert code == 0, err
+    assert sorted(repository.files) == sorted([*left(out), "LICENSE", "adapters/model.bin"])
+    assert "model.safetensors" not in repository.files and "model.safetensors.index.json" in repository.files
+    hub.upload_folder = lambda **options: (_ for _ in ()).throw(OSError("connection lost\nsome more"))
     code, _, err = convert(*arguments, "--overwrite")
     assert code == 2 and "the upload to somebody/tiny failed: connection lost; the export is in" in err
-    assert verify_export(tmp_path / "out") == []
-    monkeypatch.setattr(Hub, "whoami", lambda self: (_ for _ in ()).throw(OSError("no token")))
-    shutil.rmtree(tmp_path / "out")
+    assert verify_export(out) == []
+
+
+def test_an_upload_that_cannot_be_is_told_before_the_work(run_dir, convert, hub, tmp_path):
+    hub.create_repo("somebody/tiny", private=False, exist_ok=True)
+    arguments = ("--checkpoint", run_dir, "--output", tmp_path / "out", "--push_to_hub", "somebody/tiny")
+    code, _, err = convert(*arguments, "--private")
+    assert code == 2 and "somebody/tiny is there and public, and --private would not change that" in err
+    hub.failure = OSError("no token")
     code, _, err = convert(*arguments)
-    assert code == 2 and "can't upload to somebody/tiny: no token" in err and left(tmp_path) == []
+    assert code == 2 and "can't upload to somebody/tiny: no token" in err
+    assert left(tmp_path) == [] and not hub.repositories["somebody/tiny"].files

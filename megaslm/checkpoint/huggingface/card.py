@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 inputs = tokenizer("Once", return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=100, do_sample=True, top_k=50)
+output = model.generate(**inputs, max_new_tokens={new_tokens}, do_sample=True, top_k=50)
 print(tokenizer.decode(output[0]))
 ```"""
 SNIPPET_OF_IDS = """\
@@ -22,8 +22,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")  # exported without its tokenizer
-output = model.generate(torch.tensor([[0]]), max_new_tokens=100, do_sample=True, top_k=50)
+output = model.generate(torch.tensor([[0]]), max_new_tokens={new_tokens}, do_sample=True, top_k=50)
+print(output)
 ```"""
+MOST_NEW_TOKENS = 100
 
 
 def model_card(source: "ModelSource", name: str, record: dict[str, Any]) -> str:
@@ -34,12 +36,17 @@ def model_card(source: "ModelSource", name: str, record: dict[str, Any]) -> str:
         record: the content of megaslm_export.json, without `files`.
     """
     snippet = SNIPPET if source.tokenizer is not None else SNIPPET_OF_IDS
+    new_tokens = max(1, min(MOST_NEW_TOKENS, source.config.context_length // 2))
+    base = _base_model(source)
+    facts = ["library_name: transformers", "pipeline_tag: text-generation", "tags:\n- megaslm"]
+    if base is not None and "/" in base:  # a name on the hub
+        facts.append(f"base_model: {base}")
     parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- megaslm\n---",
-        f"# {record['checkpoint']['run'] if record['checkpoint'].get('step') else name}",
+        "\n".join(["---", *facts, "---"]),
+        f"# {record['checkpoint'].get('run') or name}",
         f"A {record['family']} language model of {record['parameters']:,} parameters, weights in {record['dtype']}, "
-        f"{_origin(source)} megaslm {record['megaslm']}.",
-        snippet.format(name=name),
+        f"{_origin(source, base)} megaslm {record['megaslm']}.",
+        snippet.format(name=name, new_tokens=new_tokens),
         "## Model",
         _table(_model_facts(source)),
     ]
@@ -50,12 +57,32 @@ def model_card(source: "ModelSource", name: str, record: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _origin(source: "ModelSource") -> str:
-    """How it came about."""
+def _state(source: "ModelSource") -> dict[str, Any]:
+    """What a checkpoint has of its run beside the weights."""
+    return source.weights.global_state if source.kind == "checkpoint" else {}
+
+
+def _weights_from(source: "ModelSource") -> dict[str, Any]:
+    """Of a run that began with given weights: where they came from; else empty."""
+    return (_state(source).get("progress") or {}).get("weights_from") or {}
+
+
+def _base_model(source: "ModelSource") -> str | None:
+    """The name of the model of transformers that it began with."""
     if source.kind == "huggingface":
-        return f"made from {source.path.name} with"
-    if (origin := source.weights.global_state.get("imported_from")) is not None:
-        return f"made from {origin['name']} with"
+        return source.path.name
+    imported = _state(source).get("imported_from") or {}
+    return imported.get("name") or _weights_from(source).get("imported_from")
+
+
+def _origin(source: "ModelSource", base: str | None) -> str:
+    """How it came about."""
+    given = _weights_from(source)
+    if given:
+        start = base or f"step {given['step']:,} of {given.get('run') or 'another run'}"
+        return f"whose training was continued from {start} with"
+    if base is not None:
+        return f"made from {base} with"
     return "a base model, which continues text and was not trained to follow instructions, pretrained with"
 
 
@@ -76,7 +103,15 @@ def _model_facts(source: "ModelSource") -> dict[str, Any]:
     heads = f"{config.num_heads} of {config.head_dim}"
     if config.num_kv_heads != config.num_heads:
         heads += f", {config.num_kv_heads} for keys and values"
-    position = f"rotary, theta {config.rope_theta:g}" if config.position == "rope" else "learned"
+    position = "learned"
+    if config.position == "rope":
+        position = f"rotary, theta {config.rope_theta:g}"
+        if config.rope_fraction < 1:
+            position += f", over {config.rope_fraction:g} of each head"
+        if config.rope_scaling != "none":
+            position += f", {config.rope_scaling} scaling by {config.rope_scaling_factor:g}"
+        if config.rope_original_context is not None:
+            position += f" from {config.rope_original_context:,} tokens"
     return {
         "layers": config.num_layers,
         "width": config.hidden_size,
@@ -85,6 +120,9 @@ def _model_facts(source: "ModelSource") -> dict[str, Any]:
         "context": f"{config.context_length:,} tokens",
         "vocabulary": f"{config.vocab_size:,} tokens",
         "positions": position,
+        "norm": f"{config.norm}, epsilon {config.norm_eps:g}{', of queries and keys too' if config.qk_norm else ''}",
+        "biases": "in every linear layer and norm" if config.bias else "none",
+        "residual": "attention and feed-forward in parallel" if config.parallel_residual else None,
         "output head": "tied to the embedding" if config.tie_embeddings else "a matrix of its own",
     }
 
@@ -117,8 +155,9 @@ def _check_text(record: dict[str, Any]) -> str:
     check = record["logits_check"]
     return (
         f"Before this folder was given its name, transformers {check['transformers']} computed the logits of "
-        f"{check['tokens']} tokens ({check['text']}) from it, and megaslm those of the checkpoint, both in fp32: "
-        f"the largest difference is {check['max_difference']:.3g}, of {check['bound']:g} allowed. "
+        f"{check['tokens']} tokens ({check['text']}) from it, and megaslm those of the checkpoint, both in fp32 "
+        f"from weights rounded to {record['dtype']}, as they are stored here: the largest difference is "
+        f"{check['max_difference']:.3g}, of logits up to {check['largest_logit']:.3g}. "
         "`megaslm_export.json` has the size and the hash of every file. Made from: "
         f"`{json.dumps(record['checkpoint'])}`."
     )

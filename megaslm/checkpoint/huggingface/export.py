@@ -11,13 +11,11 @@ Tensor by tensor: one is in memory at a time. The folder is made under a hidden 
 the checks are passed and its last byte is on the disk.
 """
 
-import errno
 import hashlib
 import json
-import shutil
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,35 +24,36 @@ import torch
 from torch import Tensor
 
 import megaslm
-from megaslm.checkpoint.fingerprint import compare_fingerprints, take_fingerprint
+from megaslm.checkpoint.fingerprint import check_fingerprint
 from megaslm.checkpoint.format import WEIGHTS, Checkpoint, DamagedCheckpoint, files_of, find_damages
 from megaslm.checkpoint.huggingface.card import model_card
-from megaslm.checkpoint.huggingface.families import family_of, hf_config, special_tokens
-from megaslm.checkpoint.huggingface.folder import CONFIG, INDEX, SINGLE
+from megaslm.checkpoint.huggingface.configuration import configuration_faults
+from megaslm.checkpoint.huggingface.families import family_of, generation_config, hf_config
+from megaslm.checkpoint.huggingface.folder import CONFIG, GENERATION, INDEX, SINGLE
 from megaslm.checkpoint.huggingface.mapping import Group, parameter_groups
+from megaslm.checkpoint.huggingface.new_folder import new_folder, output_path
 from megaslm.checkpoint.huggingface.parity import (
     ExportDiffers,
     LogitsCheck,
     compare_logits,
     empty_network,
     parameters_on_demand,
+    rounded,
     tokens_to_compare,
 )
+from megaslm.checkpoint.huggingface.record import EXPORT_RECORD, RECORD_FORMAT, RECORD_VERSION
+from megaslm.checkpoint.huggingface.tokenizer_files import save_tokenizer
 from megaslm.checkpoint.safetensors_file import LazyTensor, write_safetensors
 from megaslm.errors import UserError
-from megaslm.files import flush_to_disk, sync_folder
+from megaslm.files import flush_to_disk
+from megaslm.model import DTYPES
 
 if TYPE_CHECKING:
     from megaslm.checkpoint.opening import ModelSource
 
-EXPORT_RECORD = "megaslm_export.json"
-RECORD_FORMAT = "megaslm-export"
-RECORD_VERSION = 1
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEFAULT_DTYPE = "bf16"
 MAX_SHARD_BYTES = 5_000_000_000
 OTHER_FILES_ROOM = 64 * 2**20  # bytes set apart for the tokenizer and the small files
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,8 @@ def export_checkpoint(
         dtype: "bf16", "fp16" or "fp32". None: the type it came in, if it was imported; else bf16.
         max_shard_bytes: the most bytes of tensors in a file that has more than one.
         text: to compare logits on, see `compare_logits`.
-        without_tokenizer: let an export without one be. Its tokenizer, if `source` has one, is exported all the same.
-        overwrite: replace `output` if it is an export of ours.
+        without_tokenizer: export none, whether `source` has one or not.
+        overwrite: replace `output` if it is an export of ours and nothing else.
         name: what users of the export open, for its card, such as that of a repository; None: the folder's name.
         check: False leaves the proof out, which only a measurement of the conversion alone has use for.
         report: gets a line for each part that is done.
@@ -111,10 +110,12 @@ def export_checkpoint(
         UserError: a model that no class of transformers holds, no tokenizer, an output that is not ours to replace, a
             full disk, a weight out of fp16's range; nothing is left.
     """
-    output = Path(output).resolve()
+    output = output_path(output)
     dtype = dtype or source_dtype(source)
-    family = family_of(source.config)
-    if source.tokenizer is None and not without_tokenizer:
+    family = family_of(source.config, source.origin.get("family"))
+    if without_tokenizer:
+        source = replace(source, tokenizer=None)
+    elif source.tokenizer is None:
         raise UserError(
             f"there is no tokenizer with {source.path}: name the one it was trained with (--tokenizer FOLDER), or "
             "export the model without one (--without_tokenizer)"
@@ -125,20 +126,22 @@ def export_checkpoint(
     shards = plan_shards({name: tensor.nbytes for name, tensor in tensors.items()}, max_shard_bytes)
     parameters = sum(tensor.numel() for tensor in tensors.values())
     needed = sum(tensor.nbytes for tensor in tensors.values()) + OTHER_FILES_ROOM
-    with _NewFolder(output, overwrite, needed) as folder:
+    with new_folder(output, overwrite, needed) as folder:
         verification = _Verification(source)
         files = _write_shards(folder, shards, tensors)
         verification.finish()
         report(f"wrote {parameters:,} parameters as {family} in {dtype}: {_plural(len(shards), 'file')}")
-        _write_json(folder / CONFIG, hf_config(source.config, dtype, source.tokenizer))
-        _write_json(folder / "generation_config.json", {**special_tokens(source.tokenizer), "do_sample": True})
+        _write_json(folder / CONFIG, hf_config(source.config, dtype, source.tokenizer, source.origin))
+        _write_json(folder / GENERATION, generation_config(source.tokenizer, source.origin))
         if source.tokenizer is not None:
-            source.tokenizer.save(folder)
+            save_tokenizer(source.tokenizer, folder)
         fingerprint = logits = None
         if check:
             fingerprint = _check_fingerprint(source, report)
             logits = compare_logits(folder, source, text)
             _judge(logits, report)
+            if faults := configuration_faults(folder, source, dtype):
+                raise ExportDiffers(f"the files of the export do not say what the model is: {'; '.join(faults[:3])}")
         record = {
             "format": RECORD_FORMAT,
             "version": RECORD_VERSION,
@@ -162,9 +165,7 @@ def export_checkpoint(
 
 def source_dtype(source: "ModelSource") -> str:
     """The type that a model came in from transformers; bf16 for what was trained here."""
-    if source.kind == "huggingface":
-        return next((name for name, dtype in DTYPES.items() if dtype == source.weights.dtype), DEFAULT_DTYPE)
-    return (source.weights.global_state.get("imported_from") or {}).get("dtype", DEFAULT_DTYPE)
+    return source.origin.get("dtype", DEFAULT_DTYPE)
 
 
 def describe_source(source: "ModelSource") -> dict[str, Any]:
@@ -284,130 +285,31 @@ def _check_fingerprint(source: "ModelSource", report: Callable[[str], None]) -> 
     if stored is None:
         return None
     network = empty_network(source)
-    with parameters_on_demand(network, source.weights.read):
-        now = take_fingerprint(network, stored.tokens, stored.precision, "cpu")
-    difference = compare_fingerprints(stored, now)
-    if difference is not None:
+    dtype = DTYPES.get(stored.precision, torch.float32)
+    # Rounded in place: the largest tensor has no second copy.
+    with parameters_on_demand(network, lambda name: rounded(source.weights.read(name), dtype)):
+        check = check_fingerprint(network, stored, "cpu", is_rounded=True)
+    if check.equal is False:
         raise ExportDiffers(
-            f"the network does not compute what it computed when {source.path} was saved: {difference}. Its files are "
+            f"the network does not compute what it computed when {source.path} was saved: {check.text}. Its files are "
             "what was written; run the tests of this installation, or use the megaslm that wrote it"
         )
-    report(f"fingerprint: loss {now.loss:.6f}, as when it was saved ({stored.loss:.6f} in {stored.precision})")
-    return "equal"
+    report(f"fingerprint: {check.text}" if check.equal else f"warning: the fingerprint was not compared: {check.text}")
+    return "equal" if check.equal else "not compared"
 
 
 def _judge(check: LogitsCheck, report: Callable[[str], None]) -> None:
-    how = ", a layer at a time" if check.streamed else ""
-    line = (
-        f"largest difference of a logit {check.max_difference:.3g} (bound {check.bound:g}), over {check.tokens} tokens "
-        f"({check.text}), transformers {check.transformers}{how}"
-    )
     if check.tokenizer_equal is False:
-        raise ExportDiffers("AutoTokenizer gives other ids than the tokenizer of the run; nothing was exported")
-    if not check.passed:
         raise ExportDiffers(
-            f"transformers does not compute the same: {line}. Nothing was exported; try another version of "
+            "AutoTokenizer gives other ids or another text than the tokenizer of the model; nothing was exported. Give "
+            "a tokenizer that it opens as it is (--tokenizer), or export without one (--without_tokenizer)"
+        )
+    if not check.logits_equal:
+        raise ExportDiffers(
+            f"transformers does not compute the same: {check}. Nothing was exported; try another version of "
             "transformers, and report this together with the run's config"
         )
-    report(line)
-
-
-def verify_export(path: str | Path) -> list[str]:
-    """What is wrong with the files of an export of ours, by its record; nothing if they are what was written.
-
-    Raises:
-        UserError: there is no record, or none that can be read.
-    """
-    folder = Path(path)
-    record = read_record(folder)
-    damages = find_damages(folder, record, sorted(record["files"]), read=True)
-    return list(damages.values())
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """The record of an export of ours.
-
-    Raises:
-        UserError: it is missing, damaged, or of a newer version.
-    """
-    path = folder / EXPORT_RECORD
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{folder} is not an export of megaslm: it has no {EXPORT_RECORD}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}): export the model again") from None
-    if not isinstance(record, dict) or record.get("format") != RECORD_FORMAT:
-        raise UserError(f"{path} is not the record of an export: export the model again")
-    if record["version"] != RECORD_VERSION:
-        raise UserError(f"{path} has version {record['version']}, this megaslm reads {RECORD_VERSION}: use a newer one")
-    return record
-
-
-class _NewFolder:
-    """A folder that is made under a hidden name beside its own, which it gets at the end; or nothing, if that fails.
-
-    What a killed one left is cleared by the next of that name.
-    """
-
-    def __init__(self, final: Path, overwrite: bool, needed: int) -> None:
-        self._final, self._overwrite, self._needed = final, overwrite, needed
-        self._hidden = final.with_name(f".{final.name}.tmp")
-        self._old = final.with_name(f".{final.name}.old")
-
-    def __enter__(self) -> Path:
-        try:
-            self._prepare()
-        except OSError as error:
-            raise self._explain(error) from error
-        return self._hidden
-
-    def _prepare(self) -> None:
-        final = self._final
-        final.parent.mkdir(parents=True, exist_ok=True)
-        if self._old.exists() and not final.exists():
-            self._old.rename(final)  # a replacement was cut off between its two renames
-        if final.is_file():
-            raise UserError(f"{final} is a file; give a folder that is not there, or empty")
-        if final.exists() and any(final.iterdir()):
-            if not (final / EXPORT_RECORD).is_file():
-                raise UserError(f"{final} is not empty, and not an export of megaslm: give another folder")
-            if not self._overwrite:
-                raise UserError(f"{final} holds an export: give another folder, or replace it with --overwrite")
-        for stale in (self._hidden, self._old):
-            if stale.exists():
-                shutil.rmtree(stale)
-        free = shutil.disk_usage(final.parent).free
-        if free < self._needed:
-            raise UserError(
-                f"no room for the export in {final.parent}: it takes {self._needed / 1e9:.2f} GB, and "
-                f"{free / 1e9:.2f} GB are free"
-            )
-        self._hidden.mkdir()
-
-    def __exit__(self, kind, error, trace) -> None:
-        try:
-            if error is None:
-                self._publish()
-        except OSError as failed:
-            error = failed
-        if error is None:
-            return
-        shutil.rmtree(self._hidden, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno is not None:  # transformers raises some that are none
-            raise self._explain(error) from error
-
-    def _publish(self) -> None:
-        sync_folder(self._hidden)
-        if self._final.exists():
-            self._final.rename(self._old)
-        self._hidden.rename(self._final)
-        sync_folder(self._final.parent)
-        shutil.rmtree(self._old, ignore_errors=True)
-
-    def _explain(self, error: OSError) -> UserError:
-        advice = f"free {self._needed / 1e9:.2f} GB" if error.errno in NO_ROOM else "choose another folder"
-        return UserError(f"could not write the export {self._final}: {error.strerror}; nothing of it is left; {advice}")
+    report(str(check))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ and `rope_parameters` (5). Both are written and both are read.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -34,6 +34,15 @@ SYNONYMS = {"swish": "silu", "gelu_pytorch_tanh": "gelu_new", "gelu_fast": "gelu
 # What the rotary scalings have beside a factor and the original context.
 YARN_RANGE = {"beta_fast": 32.0, "beta_slow": 1.0}
 LLAMA3_RANGE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ORIGINAL_CONTEXT = "original_max_position_embeddings"
+ONLY_OF_5 = ("rope_theta", "partial_rotary_factor")  # of the keys of rope_scaling
+# Of switches that no family's `keys` have.
+ROTARY_KEYS = {
+    "rope_theta": "rope_theta",
+    "rope_fraction": "partial_rotary_factor",
+    "rope_scaling_factor": "factor",
+    "rope_original_context": ORIGINAL_CONTEXT,
+}
 # Types of what is worked with below; ModelConfig checks the others. Also within the rotary settings.
 TYPES = {
     "text": ((str,), ("model_type", "hidden_act", "activation_function", "rope_type", "type")),
@@ -48,6 +57,7 @@ TYPES = {
         ("rope_theta", "rotary_emb_base", "rotary_pct", "partial_rotary_factor", "factor"),
     ),
 }
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DROPOUTS = ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
@@ -185,13 +195,16 @@ FAMILIES = {
 }
 
 
-def family_of(config: ModelConfig) -> str:
+def family_of(config: ModelConfig, preferred: str | None = None) -> str:
     """The family that holds a model: a key of FAMILIES.
+
+    Args:
+        preferred: the family it was imported from, which it keeps where that holds it.
 
     Raises UserError if none does: names the switches at fault, their values, and those of the nearest family.
     """
     faults = {name: _faults(name, family, config) for name, family in FAMILIES.items()}
-    nearest = min(faults, key=lambda name: len(faults[name]))  # the first of those with as few
+    nearest = min(faults, key=lambda name: (len(faults[name]), name != preferred))  # the first of those with as few
     if faults[nearest]:
         raise UserError(
             f"no architecture of transformers can hold this model: {'; '.join(faults[nearest])}. {nearest} is the "
@@ -217,17 +230,22 @@ def _faults(name: str, family: Family, config: ModelConfig) -> list[str]:
     return faults
 
 
-def hf_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -> dict[str, Any]:
+def hf_config(
+    config: ModelConfig, dtype: str, tokenizer: Tokenizer | None, origin: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The content of config.json for a model, as transformers 4.56 and later read it.
 
     Args:
         config: with its vocabulary.
         dtype: of the exported weights, a key of DTYPE_NAMES.
         tokenizer: whose special tokens are named; None names none.
+        origin: what is known of the model of transformers that it was imported from (`HuggingFaceFolder.facts`): its
+            family and its special tokens come back.
 
     Raises UserError: no family holds the model.
     """
-    name = family_of(config)
+    origin = origin or {}
+    name = family_of(config, origin.get("family"))
     family = FAMILIES[name]
     content: dict[str, Any] = {"model_type": name, "architectures": [family.architecture]}
     content |= {key: getattr(config, switch) for switch, key in family.keys.items()}
@@ -237,19 +255,25 @@ def hf_config(config: ModelConfig, dtype: str, tokenizer: Tokenizer | None) -> d
         content["mlp_bias"] = config.bias
     if config.position == "rope":
         content |= _rotary_keys(name, config)
-    content |= special_tokens(tokenizer)
+    content |= special_tokens(tokenizer, origin)
     # transformers 4 reads the former, 5 the latter.
     return {**content, "torch_dtype": DTYPE_NAMES[dtype], "dtype": DTYPE_NAMES[dtype]}
 
 
-def special_tokens(tokenizer: Tokenizer | None) -> dict[str, int | None]:
-    """bos_token_id, eos_token_id and pad_token_id for config.json and generation_config.json; None: there is none.
+def special_tokens(tokenizer: Tokenizer | None, origin: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The ids of SPECIAL_TOKENS for config.json; None: there is none.
 
-    Explicitly none, since the classes of transformers have ids of their own in these places.
+    Explicitly none, since the classes of transformers have ids of their own in these places. Where `origin` has some
+    they go before the tokenizer's: it may have several that end a text, and others than its tokenizer names.
     """
-    if tokenizer is None:
-        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.pad_id}
+    ids = (None,) * 3 if tokenizer is None else (tokenizer.bos_id, tokenizer.eod_id, tokenizer.pad_id)
+    return {**dict(zip(SPECIAL_TOKENS, ids, strict=True)), **((origin or {}).get("special_tokens") or {})}
+
+
+def generation_config(tokenizer: Tokenizer | None, origin: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The content of generation_config.json: that of `origin` (see `hf_config`) if it had one."""
+    kept = (origin or {}).get("generation_config")
+    return kept if kept is not None else {**special_tokens(tokenizer, origin), "do_sample": True}
 
 
 def _rotary_keys(name: str, config: ModelConfig) -> dict[str, Any]:
@@ -344,11 +368,20 @@ def model_config(hf: dict[str, Any], where: str) -> ModelConfig:
     if switches["position"] == "rope":
         switches |= _rotary_switches(name, hf, where)
     try:
-        return ModelConfig(**switches)
+        config = ModelConfig(**switches)
     except ValidationError as error:
         first = error.errors()[0]
-        key = family.keys.get(str(first["loc"][0]), "") if first["loc"] else ""
-        raise UserError(f"{where}: {key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}") from None
+        keys = {**ROTARY_KEYS, **family.keys}
+        key = keys.get(str(first["loc"][0]), "") if first["loc"] else ""
+        given = f"{key} is {first['input']!r}: " if key else ""
+        raise UserError(f"{where}: {given}{first['msg'].removeprefix('Value error, ')}") from None
+    if family.heads == "divide" and config.hidden_size % config.num_heads:
+        same = "; with model_type mistral, architectures left out and sliding_window null it is the same model"
+        raise UserError(
+            f"{where}: hidden_size {config.hidden_size} is no multiple of num_attention_heads {config.num_heads}, "
+            f"which transformers refuses in a {name}{'' if config.bias else same}"
+        )
+    return config
 
 
 def _check_fixed(name: str, value: Callable[[str], Any], where: str) -> None:
@@ -422,9 +455,22 @@ def _rotary_switches(name: str, hf: dict[str, Any], where: str) -> dict[str, Any
         if not (absent or close):
             raise UserError(f"{where}: {key} of rope_type {kind!r} is {given}; megaslm's network has {expected} there")
     if kind in ("yarn", "llama3"):
-        original = hf.get("original_max_position_embeddings", parameters.get("original_max_position_embeddings"))
+        original = hf.get(ORIGINAL_CONTEXT, parameters.get(ORIGINAL_CONTEXT))
         switches["rope_original_context"] = original or hf.get("max_position_embeddings")
     return switches
+
+
+def needs_transformers_5(hf: dict[str, Any], where: str) -> bool:
+    """Whether transformers 4 would compute something else, in silence: it passes over the rotary settings' new
+    spelling (`rope_parameters`), and over old ones in new places. Raises UserError as `model_config`."""
+    old = {key: value for key, value in hf.items() if key not in ("rope_parameters", ORIGINAL_CONTEXT)}
+    if hf.get("rope_scaling"):
+        old["rope_scaling"] = {key: value for key, value in hf["rope_scaling"].items() if key not in ONLY_OF_5}
+    expected = model_config(hf, where)
+    try:
+        return model_config(old, where) != expected
+    except UserError:
+        return True
 
 
 def dropout_of(hf: dict[str, Any]) -> dict[str, float]:

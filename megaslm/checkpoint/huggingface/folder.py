@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megaslm.checkpoint.huggingface.families import family_named, model_config
+from megaslm.checkpoint.huggingface.families import DTYPE_NAMES, SPECIAL_TOKENS, family_named, model_config
 from megaslm.checkpoint.huggingface.mapping import Group, parameter_groups
 from megaslm.checkpoint.safetensors_file import SafetensorsFile
 from megaslm.config import ModelConfig, read_json_object
@@ -25,8 +25,12 @@ INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Of a hub repository, what is looked at. Tokenizers of older formats are left where they are.
-HUB_FILES = (CONFIG, SINGLE, INDEX, "model-*.safetensors", "*token*.json", "vocab.json", "merges.txt", "*.jinja")
+GENERATION = "generation_config.json"
+TOKENIZER = "tokenizer.json"
+OLDER_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt")  # and *.tiktoken
+# Of a hub repository, what is looked at.
+HUB_FILES = (CONFIG, ADAPTER, GENERATION, SINGLE, INDEX, "model-*.safetensors", "*token*.json", "*.jinja")
+HUB_FILES += (*OLDER_TOKENIZERS, "*.tiktoken")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 # Tensors that older versions stored and that hold no weights: causal masks and rotary frequencies.
 BUFFERS = re.compile(r"(.*\.)?((attn|attention)\.(bias|masked_bias)|rotary_emb\.(inv_freq|cos_cached|sin_cached))")
@@ -34,19 +38,31 @@ BUFFERS = re.compile(r"(.*\.)?((attn|attention)\.(bias|masked_bias)|rotary_emb\.
 PREFIXES = {"llama": "model.", "mistral": "model.", "qwen3": "model.", "gpt2": "transformer.", "gpt_neox": "gpt_neox."}
 HEADS = ("lm_head.weight", "embed_out.weight")  # gpt_neox had the second until transformers 5
 MAX_NAMES = 3  # that a message lists
+NO_PICKLES = (
+    "can run code, which is why megaslm never opens it. If you trust it, write it anew: "
+    "transformers.AutoModelForCausalLM.from_pretrained(MODEL).save_pretrained(NEW_FOLDER)"
+)
 
 
 class StoredTensors:
     """The tensors of a folder's safetensors files, by their names there. Each file is opened once.
 
     Raises:
-        UserError: no safetensors files (says what there is instead), or one that can't be read.
+        UserError: no safetensors files (says what there is instead), one that can't be read, a tensor in two of them.
     """
 
     def __init__(self, folder: Path) -> None:
         self.files = weight_files(folder)
         self._open: dict[Path, SafetensorsFile] = {}
-        self.places: dict[str, Path] = {name: path for path in self.files for name in self._opened(path).shapes}
+        self.places: dict[str, Path] = {}
+        for path in self.files:
+            for name in self._opened(path).shapes:
+                first = self.places.setdefault(name, path)
+                if first != path and not BUFFERS.fullmatch(name):
+                    raise UserError(
+                        f"{folder}: {name} stands in {first.name} and in {path.name}, and only one of them can be "
+                        "meant; fetch the model again"
+                    )
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._opened(self.places[name]).shapes[name]
@@ -101,6 +117,7 @@ class HuggingFaceFolder:
         family: a key of FAMILIES.
         config: our network's switches.
         dtype: that its weights are stored in; fp32 where they are of several types.
+        dtypes: all that they are stored in.
         files: that hold the weights.
     """
 
@@ -123,8 +140,8 @@ class HuggingFaceFolder:
         self._names = self._find_names(groups)
         self._check_shapes(groups)
         self._check_absent_biases(groups)
-        dtypes = {self._stored.dtype(name) for name in self._names.values()}
-        self.dtype: torch.dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        self.dtypes = {self._stored.dtype(name) for name in self._names.values()}
+        self.dtype: torch.dtype = next(iter(self.dtypes)) if len(self.dtypes) == 1 else torch.float32
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -134,6 +151,15 @@ class HuggingFaceFolder:
             return group.join(tuple(torch.empty(shape, device="meta") for shape in group.shapes))
 
         return {name: tuple(joined(group).shape) for name, group in self._groups.items()}
+
+    @property
+    def stored(self) -> dict[str, tuple[Path, tuple[int, ...], torch.dtype]]:
+        """File, shape and type there of every tensor that the model is made of, by its name in the files.
+
+        Left out are buffers, and a head that is stored though it is tied.
+        """
+        stored = self._stored
+        return {name: (stored.places[name], stored.shape(name), stored.dtype(name)) for name in self._names.values()}
 
     def read(self, name: str) -> Tensor:
         """One parameter of ours, in host memory, of the type it is stored in.
@@ -147,7 +173,24 @@ class HuggingFaceFolder:
 
     def tokenizer(self) -> Tokenizer | None:
         """The tokenizer in the folder; None where there is no tokenizer.json."""
-        return load_tokenizer(self.path) if (self.path / "tokenizer.json").is_file() else None
+        return load_tokenizer(self.path) if (self.path / TOKENIZER).is_file() else None
+
+    @property
+    def older_tokenizer(self) -> Path | None:
+        """A file of a tokenizer in a format that megaslm does not read."""
+        found = [self.path / name for name in OLDER_TOKENIZERS] + sorted(self.path.glob("*.tiktoken"))
+        return next((path for path in found if path.is_file()), None)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What our network has no place for and an export gives back: see `hf_config`. JSON."""
+        generation = self.path / GENERATION
+        return {
+            "family": self.family,
+            "dtype": next(short for short, name in DTYPE_NAMES.items() if getattr(torch, name) == self.dtype),
+            "special_tokens": {key: self.hf_config[key] for key in SPECIAL_TOKENS if key in self.hf_config},
+            "generation_config": read_json_object(generation, "the model's") if generation.is_file() else None,
+        }
 
     def close(self) -> None:
         """Let go of the files; a later read opens them again."""
@@ -163,8 +206,9 @@ class HuggingFaceFolder:
         for theirs in (name for group in groups for name in group.theirs):
             names[theirs] = head if theirs in HEADS else theirs.removeprefix(prefix) if bare else theirs
         unused = found - set(names.values())
-        if self.config.tie_embeddings and head in unused:
-            self._check_tied_head(head, names[groups[0].theirs[0]])
+        embedding = names[groups[0].theirs[0]]
+        if self.config.tie_embeddings and head in unused and embedding in found:
+            self._check_tied_head(head, embedding)
             unused.remove(head)
         for what, wrong in (("missing", set(names.values()) - found), ("of no use to it", unused)):
             if wrong:
@@ -177,9 +221,7 @@ class HuggingFaceFolder:
 
     def _check_tied_head(self, head: str, embedding: str) -> None:
         """A head that is stored though it is tied must be the embedding."""
-        if embedding not in self._stored.places or not torch.equal(
-            self._stored.read(head), self._stored.read(embedding)
-        ):
+        if not torch.equal(self._stored.read(head), self._stored.read(embedding)):
             raise UserError(
                 f"{self._stored.places[head]}: tie_word_embeddings of {CONFIG} is true, and {head} is not {embedding}; "
                 "set it to false if the head is a matrix of its own"
@@ -227,11 +269,13 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: those of the index, or the one there is.
+    """The safetensors files of a model folder: the one there is, or those of the index; in transformers' order.
 
     Raises:
         UserError: there are none, or one that the index names is missing.
     """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     if (folder / INDEX).is_file():
         index = read_json_object(folder / INDEX, "the index")
         places = index.get("weight_map")
@@ -242,14 +286,9 @@ def weight_files(folder: Path) -> list[Path]:
         if missing := [name for name in names if Path(name).name != name or not (folder / name).is_file()]:
             raise UserError(f"{folder}: {missing[0]} of {INDEX} is missing; fetch the model again")
         return [folder / name for name in names]
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
     names = sorted(path.name for path in folder.iterdir())
     if pickles := [name for name in names if name.endswith(PICKLES)]:
-        raise UserError(
-            f"{folder}: {pickles[0]} is pickled, which can run code and which megaslm never opens. If you trust it, "
-            "write it anew: transformers.AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-        )
+        raise UserError(f"{folder}: {pickles[0]} is pickled, and a pickle {NO_PICKLES}")
     raise UserError(f"{folder} has no weights: neither {SINGLE} nor {INDEX}; it holds {', '.join(names[:4])}")
 
 
@@ -257,16 +296,31 @@ def find_folder(name: str | Path) -> Path:
     """The folder of a model: a path, or a name on the Hugging Face hub, fetched to its cache as usual.
 
     Raises:
-        UserError: no such folder, and the hub gives none.
+        UserError: no such folder, and the hub gives none; one without safetensors files, or that is no model.
     """
+    if not str(name):
+        raise UserError("the model's name is empty: give a folder, or a name on the Hugging Face hub")
     if Path(name).exists() or not HUB_NAME.fullmatch(str(name)):
         return Path(name)
     from huggingface_hub import snapshot_download  # here, since it takes a while to import
 
     try:
-        return Path(snapshot_download(str(name), allow_patterns=list(HUB_FILES)))
+        folder = Path(snapshot_download(str(name), allow_patterns=list(HUB_FILES)))
     except Exception as error:  # no network, no such name, no permission: one class each
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"there is no {name} here, and the Hugging Face hub gives no model of that name ({reason})"
         ) from None
+    # Only some files were fetched: what else is there, the folder does not say.
+    if (folder / CONFIG).is_file():
+        if not any((folder / file).is_file() for file in (SINGLE, INDEX)):
+            raise UserError(
+                f"{name} on the Hugging Face hub has no weights in safetensors (neither {SINGLE} nor {INDEX}). Most "
+                f"often they are pickled there, and a pickle {NO_PICKLES}"
+            )
+    elif not (folder / ADAPTER).is_file():
+        raise UserError(
+            f"{name} on the Hugging Face hub is not a model of transformers: it has no {CONFIG}; look there for the "
+            "one that it was made from"
+        )
+    return folder

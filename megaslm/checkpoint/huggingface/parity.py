@@ -5,31 +5,37 @@ export, so that a mistake in the mapping shows.
 
 Our network runs with one module's weights in memory at a time, and so does that of transformers where its weights would
 take more than half of the memory that is free. Else the export is opened as its users will open it.
+
+Logits of a model with massive activations differ by more than the bound between two exact computations of the same
+fp32. Where the bound is passed, what is allowed is the difference between two of transformers' own.
 """
 
 import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from megaslm.checkpoint.huggingface.folder import BUFFERS, CONFIG, DTYPES, HEADS, weight_files
+from megaslm.checkpoint.huggingface.tokenizer_files import same_tokenizer
 from megaslm.checkpoint.safetensors_file import SafetensorsFile
-from megaslm.data import PYTHON_STDLIB, TextSource, Tokenizer
+from megaslm.data import PYTHON_STDLIB, standard_text
 from megaslm.errors import UserError
 from megaslm.model import LanguageModel
+from megaslm.resources import available_memory
 
 if TYPE_CHECKING:
     from megaslm.checkpoint.opening import ModelSource
 
 BOUND = 1e-4  # absolute, of fp32 logits
 MAX_TOKENS = 256
+MIN_TOKENS = 32  # or the context, if that is shorter
 TEXT_CHARACTERS = 4096  # of the default text: more than MAX_TOKENS, of most tokenizers
 MAX_CHARACTERS = 1 << 16  # of a given one
 PIECE = 1 << 24  # elements that are converted at a time
@@ -47,16 +53,21 @@ class LogitsCheck:
 
     Attributes:
         max_difference: the largest absolute difference of a logit, over all positions and the whole vocabulary.
-        bound: what it may be.
+        largest_logit: the largest absolute value of one.
+        bound: what the difference may be.
+        rounding: where it is larger, the difference between transformers' own ways to compute attention (sdpa, eager),
+            up to which it may then be; else None.
         tokens: positions compared.
         text: where the tokens come from.
         streamed: transformers' network had one module's weights in memory at a time.
-        tokenizer_equal: AutoTokenizer gives the same ids of the text; None without a tokenizer.
+        tokenizer_equal: AutoTokenizer does the same, see `same_tokenizer`; None without a tokenizer.
         transformers, torch: versions.
     """
 
     max_difference: float
+    largest_logit: float
     bound: float
+    rounding: float | None
     tokens: int
     text: str
     streamed: bool
@@ -65,8 +76,22 @@ class LogitsCheck:
     torch: str
 
     @property
+    def logits_equal(self) -> bool:
+        return self.max_difference <= max(self.bound, self.rounding or 0.0)  # a NaN is not below anything
+
+    @property
     def passed(self) -> bool:
-        return self.max_difference <= self.bound and self.tokenizer_equal is not False  # a NaN is not below the bound
+        return self.logits_equal and self.tokenizer_equal is not False
+
+    def __str__(self) -> str:
+        allowed = f"bound {self.bound:g}"
+        if self.rounding is not None:
+            allowed += f"; transformers' sdpa and eager attention differ by {self.rounding:.3g}"
+        how = ", a layer at a time" if self.streamed else ""
+        return (
+            f"largest difference of a logit {self.max_difference:.3g} ({allowed}), of logits up to "
+            f"{self.largest_logit:.3g}, over {self.tokens} tokens ({self.text}), transformers {self.transformers}{how}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "passed": self.passed}
@@ -79,15 +104,17 @@ def compare_logits(
     text: str | None = None,
     streamed: bool | None = None,
     dtype: torch.dtype | None = None,
+    same_ids: bool = True,
 ) -> LogitsCheck:
     """Compare the logits of an export, computed by transformers, with those of the model it was made from.
 
     Args:
         export_dir: config.json, safetensors files, and the tokenizer's if `source` has one.
         text: real text, of which up to 256 tokens are taken. None: a file of Python's standard library, or where there
-            is no tokenizer the fingerprint's tokens, or random ones.
+            is no tokenizer the fingerprint's tokens and random ones.
         streamed: run transformers' network module by module; None: where its weights need it.
         dtype: of the export's weights; None: as config.json says.
+        same_ids: compare the ids of the text too; else the export's tokenizer is not that of `source`.
 
     Raises:
         ExportDiffers: transformers misses a tensor, has no use for one, or has another shape for it.
@@ -102,8 +129,8 @@ def compare_logits(
     network = empty_network(source)
     if streamed is None:
         size = 4 * sum(tensor.numel() for tensor in network.parameters())
-        streamed = size > psutil.virtual_memory().available / 2
-    theirs = _their_logits_streamed(folder, ids) if streamed else _their_logits(folder, ids)
+        streamed = size > available_memory() / 2
+    theirs = _their_logits(folder, ids, streamed)
     with parameters_on_demand(network, lambda name: rounded(source.weights.read(name), dtype)):
         ours = network(ids)
     if not ours.isfinite().all():
@@ -111,13 +138,19 @@ def compare_logits(
             f"the logits of {source.path} are not finite: its training diverged, and nothing can be compared; export "
             "an earlier checkpoint"
         )
+    difference, rounding = (ours - theirs).abs().max().item(), None
+    if not difference <= BOUND:
+        rounding = (theirs - _their_logits(folder, ids, streamed, attention="eager")).abs().max().item()
+    compared = same_ids and source.tokenizer is not None
     return LogitsCheck(
-        max_difference=(ours - theirs).abs().max().item(),
+        max_difference=difference,
+        largest_logit=ours.abs().max().item(),
         bound=BOUND,
+        rounding=rounding,
         tokens=len(tokens),
         text=where,
         streamed=streamed,
-        tokenizer_equal=None if source.tokenizer is None else _same_ids(folder, source.tokenizer, text),
+        tokenizer_equal=same_tokenizer(folder, source.tokenizer, text) if compared else None,
         transformers=transformers.__version__,
         torch=torch.__version__,
     )
@@ -126,50 +159,58 @@ def compare_logits(
 def tokens_to_compare(source: "ModelSource", text: str | None) -> tuple[list[int], str, str]:
     """Token ids, where they come from, and the text they stand for. Arguments and errors of `compare_logits`."""
     length = min(MAX_TOKENS, source.config.context_length)
+    least = min(MIN_TOKENS, length)
     if source.tokenizer is None:
         if text is not None:
             raise UserError("a text to compare on needs a tokenizer: name one, or leave the text out")
-        fingerprint = getattr(source.weights, "fingerprint", None)
-        if fingerprint is not None:
-            return list(fingerprint.tokens)[:length], "tokens of the checkpoint's fingerprint", ""
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(source.config.vocab_size, (length,), generator=generator).tolist(), "random tokens", ""
-    where, text = "given text", text and text[:MAX_CHARACTERS]
+        return _random_tokens(source, length), "random tokens", ""
     if text is None:
-        where, text = PYTHON_STDLIB, _standard_text(source.tokenizer)
+        text = standard_text(source.tokenizer, TEXT_CHARACTERS)
+        tokens = source.tokenizer.encode(text).tolist()[:length]
+        if len(tokens) < least:  # of a tokenizer that refuses nearly all of it
+            return _random_tokens(source, length), "random tokens", text
+        return tokens, PYTHON_STDLIB, text
+    text = text[:MAX_CHARACTERS]
     tokens = source.tokenizer.encode(text, where="the text to compare on").tolist()[:length]
-    if not tokens:
-        raise UserError("the text to compare on gives no tokens: give another one")
-    return tokens, where, text
+    if len(tokens) < least:
+        raise UserError(
+            f"the text to compare on gives {len(tokens)} tokens, and so few prove nothing: give one of {least} or more"
+        )
+    return tokens, "given text", text
 
 
-def _standard_text(tokenizer: Tokenizer) -> str:
-    """The beginning of a file of the standard library; of a character tokenizer's alphabet."""
-    documents = (document.text for document in TextSource(PYTHON_STDLIB))
-    text = next(text for text in documents if len(text) >= TEXT_CHARACTERS)[:TEXT_CHARACTERS]
-    if tokenizer.refusal(text) is None:
-        return text
-    return "".join(character for character in text if tokenizer.refusal(character) is None)
+def _random_tokens(source: "ModelSource", length: int) -> list[int]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(source.config.vocab_size, (length,), generator=generator).tolist()
 
 
-def _same_ids(folder: Path, tokenizer: Tokenizer, text: str) -> bool:
-    from transformers import AutoTokenizer
+def _their_logits(folder: Path, ids: Tensor, streamed: bool, attention: str | None = None) -> Tensor:
+    """Of the network of transformers. attention: as it names a way to compute it; None: as a user gets it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    theirs = AutoTokenizer.from_pretrained(folder)
-    # Special tokens written in a text are text to us.
-    options = {"add_special_tokens": False, "split_special_tokens": True}
-    return theirs(text, **options)["input_ids"] == tokenizer.encode(text).tolist()
+    options = {"dtype": torch.float32, "trust_remote_code": False}
+    options |= {"attn_implementation": attention} if attention else {}
+    with _ParametersWithoutMemory():
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, **options)
+    model.tie_weights()
+    files = {name: file for file in map(SafetensorsFile, weight_files(folder)) for name in file.shapes}
+    places = _places(model, folder, files)
+    if streamed:
+        with parameters_on_demand(model, partial(_read_stored, places, files)):
+            return model.eval()(ids, use_cache=False).logits
+    return _opened_by_transformers(folder, options).eval()(ids, use_cache=False).logits
 
 
-def _their_logits(folder: Path, ids: Tensor) -> Tensor:
-    """Opened as a user opens it."""
+def _opened_by_transformers(folder: Path, options: dict[str, Any]) -> nn.Module:
+    """As a user opens it."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     finally:
         if bars:
             logging.enable_progress_bar()
@@ -177,33 +218,20 @@ def _their_logits(folder: Path, ids: Tensor) -> Tensor:
     faults = {kind: wrong for kind, names in named.items() if (wrong := [n for n in names if not BUFFERS.fullmatch(n)])}
     if faults:
         raise ExportDiffers(f"the files in {folder} are not what transformers' {type(model).__name__} has: {faults}")
-    return model.eval()(ids, use_cache=False).logits
+    return model
 
 
-def _their_logits_streamed(folder: Path, ids: Tensor) -> Tensor:
-    """The same network with one module's weights in memory at a time."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with _ParametersWithoutMemory():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-    model.tie_weights()
-    files = {name: file for file in map(SafetensorsFile, weight_files(folder)) for name in file.shapes}
-    places = _places(model, folder, files)
-
-    def read(name: str) -> Tensor:
-        """As fp32, without a second copy of the whole."""
-        stored = places[name]
-        file = files[stored]
-        whole = torch.empty(file.shapes[stored])
-        for start in range(0, whole.numel(), PIECE):
-            target = whole.view(-1)[start : start + PIECE]
-            piece = torch.empty(target.shape, dtype=DTYPES[file.types[stored]])
-            file.read_into(piece, stored, start)
-            target.copy_(piece)
-        return whole
-
-    with parameters_on_demand(model, read):
-        return model.eval()(ids, use_cache=False).logits
+def _read_stored(places: dict[str, str], files: dict[str, SafetensorsFile], name: str) -> Tensor:
+    """A parameter of theirs as fp32, without a second copy of the whole."""
+    stored = places[name]
+    file = files[stored]
+    whole = torch.empty(file.shapes[stored])
+    for start in range(0, whole.numel(), PIECE):
+        target = whole.view(-1)[start : start + PIECE]
+        piece = torch.empty(target.shape, dtype=DTYPES[file.types[stored]])
+        file.read_into(piece, stored, start)
+        target.copy_(piece)
+    return whole
 
 
 def _places(model: nn.Module, folder: Path, files: dict[str, SafetensorsFile]) -> dict[str, str]:

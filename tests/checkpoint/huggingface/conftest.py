@@ -1,12 +1,16 @@
 """Models of transformers with weights that hide no mistake: no ones, no zeros, logits of a size that matters."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from hub_models import CONFIGS, write_hub_model  # noqa: E402
 
 VOCAB, CONTEXT = 300, 64
 SIZES = {"vocab_size": VOCAB, "max_position_embeddings": CONTEXT, "num_hidden_layers": 2, "hidden_size": 64}
@@ -45,6 +49,19 @@ def hf_folder(tmp_path_factory) -> Callable[..., Path]:
         folder = tmp_path_factory.mktemp(family)
         network.save_pretrained(folder, max_shard_size=max_shard_size)
         return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hub_folder(tmp_path_factory) -> Callable[[str], Path]:
+    """hub_folder(name) -> a folder as the hub has that of CONFIGS[name]."""
+    import transformers
+
+    def make(name: str) -> Path:
+        config = transformers.AutoConfig.for_model(**{k: v for k, v in CONFIGS[name].items() if k != "torch_dtype"})
+        network = scramble(transformers.AutoModelForCausalLM.from_config(config))
+        return write_hub_model(name, tmp_path_factory.mktemp("hub") / name, network)
 
     return make
 

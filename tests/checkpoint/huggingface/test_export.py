@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megaslm.checkpoint import (
     EXPORT_RECORD,
@@ -189,7 +190,10 @@ def test_every_tensor_is_read_once(run, tmp_path, quiet, monkeypatch):
 
 def test_a_difference_that_is_no_number_does_not_pass():
     facts = {"tokens": 1, "text": "", "streamed": False, "tokenizer_equal": None, "transformers": "", "torch": ""}
-    assert [LogitsCheck(d, 1e-4, **facts).passed for d in (1e-4, 1.1e-4, float("nan"))] == [True, False, False]
+    for rounding, passed in ((None, [True, False, False, False]), (2e-4, [True, True, False, False])):
+        checks = [LogitsCheck(d, 9.0, 1e-4, rounding, **facts) for d in (1e-4, 2e-4, 2.1e-4, float("nan"))]
+        assert [check.passed for check in checks] == passed
+    assert not LogitsCheck(float("nan"), 9.0, 1e-4, float("nan"), **facts).passed
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
@@ -223,11 +227,63 @@ def test_a_tensor_too_few_is_found(run, tmp_path, quiet, monkeypatch, streamed):
     groups = export_module.parameter_groups
     monkeypatch.setattr(export_module, "parameter_groups", lambda *arguments: groups(*arguments)[:-1])
     if streamed:
-        free = type("Memory", (), {"available": 1})
-        monkeypatch.setattr(parity.psutil, "virtual_memory", lambda: free)
+        monkeypatch.setattr(parity, "available_memory", lambda: 1)
     with pytest.raises(ExportDiffers, match=r"not what transformers' LlamaForCausalLM has: .*lm_head\.weight"):
         export_checkpoint(open_model(run), tmp_path / "out", **quiet)
     assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_tensor_of_another_shape_is_found(run, tmp_path, quiet, streamed):
+    """As where config.json says another size than the files have."""
+    source, out = open_model(run), tmp_path / "out"
+    export_checkpoint(source, out, **quiet)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    with pytest.raises(ExportDiffers, match=r"not what transformers' LlamaForCausalLM has: .*gate_proj\.weight"):
+        compare_logits(out, source, streamed=streamed)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_tensor_of_no_use_is_found(run, tmp_path, quiet, streamed):
+    source, out = open_model(run), tmp_path / "out"
+    export_checkpoint(source, out, **quiet)
+    weights = load_file(out / "model.safetensors")
+    save_file(
+        {**weights, "model.layers.9.mlp.up_proj.weight": torch.ones(2)}, out / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(ExportDiffers, match=r"not what transformers' LlamaForCausalLM has: model\.layers\.9\."):
+        compare_logits(out, source, streamed=streamed)
+
+
+def test_an_import_comes_back_in_its_type(run, tmp_path, quiet):
+    path = run / "checkpoints" / "step_00000003"
+    manifest = read_manifest(path)
+    manifest["global_state"]["imported_from"] = {"name": "some", "family": "mistral", "dtype": "fp16"}
+    write_manifest(path, {key: manifest[key] for key in manifest if key not in ("format", "version", "sha256")})
+    result = export_checkpoint(open_model(run), tmp_path / "out", **quiet)
+    assert (result.dtype, result.family) == ("fp16", "mistral")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_model_that_no_arithmetic_computes_closer(tokenizer, tmp_path, quiet, monkeypatch, streamed):
+    """Beyond the bound, transformers' own two ways to compute attention say how far apart two right ones are."""
+    save_model(tmp_path / "run" / "checkpoints", random_model(model_config(tokenizer.vocab_size)), tokenizer)
+    source, lines = open_model(tmp_path / "run"), []
+    monkeypatch.setattr(parity, "BOUND", 1e-9)
+    monkeypatch.setattr(parity, "available_memory", lambda: 1 if streamed else 1 << 40)
+    right = parity._their_logits
+
+    def theirs(folder, ids, streamed, attention=None):
+        return right(folder, ids, streamed, attention) + (2e-3 if attention == "eager" else 1e-3)
+
+    monkeypatch.setattr(parity, "_their_logits", theirs)
+    check = export_checkpoint(source, tmp_path / "out", report=lines.append).logits_check
+    assert check.passed and check.streamed == streamed and 9e-4 < check.max_difference <= check.rounding < 1.2e-3
+    assert "sdpa and eager attention differ by 0.001" in lines[-1] and f"up to {check.largest_logit:.3g}" in lines[-1]
+    monkeypatch.setattr(parity, "_their_logits", lambda *some, **attention: right(*some, **attention) + 1e-3)
+    with pytest.raises(ExportDiffers, match="transformers does not compute the same: .*; transformers' sdpa and eager"):
+        export_checkpoint(source, tmp_path / "other", **quiet)
 
 
 def test_a_tokenizer_that_transformers_reads_otherwise_is_found(run, tmp_path, quiet, monkeypatch):
@@ -282,18 +338,18 @@ def test_no_tokenizer(tokenizer, tmp_path, quiet):
     with pytest.raises(UserError, match="needs a tokenizer"):
         export_checkpoint(source, tmp_path / "out", without_tokenizer=True, text="some", **quiet)
     check = export_checkpoint(source, tmp_path / "out", without_tokenizer=True, **quiet).logits_check
-    assert check.passed and check.tokenizer_equal is None and check.text == "tokens of the checkpoint's fingerprint"
+    assert check.passed and check.tokenizer_equal is None and check.tokens == 64 and check.text == "random tokens"
     assert not (tmp_path / "out" / "tokenizer.json").exists()
     assert "AutoTokenizer" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_text_is_the_users(run, tmp_path, quiet):
     source = open_model(run)
-    text = "the quick brown fox <|endoftext|> jumps"  # a special token written in a text is text
+    text = "the quick brown fox <|endoftext|> jumps over some other animal"  # a special token written in a text is text
     check = export_checkpoint(source, tmp_path / "out", text=text, **quiet).logits_check
     assert check.tokens == len(source.tokenizer.encode(text)) and check.text == "given text"
     lines: list[str] = []
-    with pytest.raises(UserError, match="gives no tokens"):
+    with pytest.raises(UserError, match=r"gives 0 tokens, and so few prove nothing: give one of 32 or more"):
         export_checkpoint(source, tmp_path / "other", text="", report=lines.append)
     assert lines == []  # before the work
 
@@ -317,19 +373,6 @@ def test_what_is_in_the_way_of_an_output(run, tmp_path, quiet):
     assert left(tmp_path) == ["out"] and verify_export(out) == []
 
 
-def test_what_a_killed_export_left_is_cleared(run, tmp_path, quiet):
-    source, out = open_model(run), tmp_path / "out"
-    export_checkpoint(source, out, check=False, **quiet)
-    out.rename(tmp_path / ".out.old")  # between the two renames of a replacement
-    (tmp_path / ".out.tmp").mkdir()
-    (tmp_path / ".out.tmp" / "model.safetensors").write_text("half")
-    with pytest.raises(UserError, match="--overwrite"):
-        export_checkpoint(source, out, **quiet)
-    assert verify_export(out) == []
-    export_checkpoint(source, out, overwrite=True, check=False, **quiet)
-    assert left(tmp_path) == ["out"] and verify_export(out) == []
-
-
 def test_a_full_disk(run, tmp_path, quiet, monkeypatch):
     source, out = open_model(run), tmp_path / "out"
     export_checkpoint(source, out, check=False, **quiet)
@@ -344,8 +387,8 @@ def test_a_full_disk(run, tmp_path, quiet, monkeypatch):
     with pytest.raises(UserError, match=r"could not write the export .*: No space left on device; .*; free \d"):
         export_checkpoint(source, out, max_shard_bytes=60_000, overwrite=True, **quiet)
     assert left(tmp_path) == ["out"] and verify_export(out) == []  # the old one
-    usage = export_module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(export_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     with pytest.raises(UserError, match="no room for the export"):
         export_checkpoint(source, tmp_path / "new", **quiet)
     assert left(tmp_path) == ["out"]
@@ -356,8 +399,10 @@ def test_an_export_says_what_is_wrong_with_it(run, tmp_path, quiet):
     export_checkpoint(open_model(run), out, check=False, **quiet)
     (out / "config.json").write_text("{}")
     (out / "README.md").unlink()
+    (out / "model-00001-of-00002.safetensors").touch()  # of an older export
     found = verify_export(out)
-    assert len(found) == 2 and found[0] == "README.md is missing" and found[1].startswith("config.json has 2 bytes")
+    assert len(found) == 3 and found[0] == "README.md is missing" and found[1].startswith("config.json has 2 bytes")
+    assert found[2] == "model-00001-of-00002.safetensors is no file of this export"
     record = json.loads((out / EXPORT_RECORD).read_text())
     for content, message in (({**record, "version": 2}, "version 2"), ({}, "not the record"), (None, "not an export")):
         (out / EXPORT_RECORD).unlink()
@@ -374,7 +419,8 @@ LARGE = """
 import os, re, signal, sys
 from pathlib import Path
 import torch
-from megaslm.checkpoint import LazyTensor, Piece, compare_logits, export_checkpoint, open_model, write_checkpoint
+from megaslm.checkpoint import (Fingerprint, LazyTensor, Piece, compare_logits, export_checkpoint, open_model,
+                                write_checkpoint)
 from megaslm.checkpoint.huggingface import export
 from megaslm.config import ModelConfig
 from megaslm.model import LanguageModel
@@ -390,12 +436,19 @@ with torch.device("meta"):
 pieces = {name: Piece.whole(LazyTensor(torch.float32, shape, lambda shape=shape: torch.full(shape, 0.01)))
           for name, shape in shapes.items()}
 write_checkpoint(folder, {"weights": pieces}, step=1, optimizer=None, global_state={},
-                 run_config={"name": "large", "model": config.model_dump(mode="json")})
+                 run_config={"name": "large", "model": config.model_dump(mode="json")},
+                 fingerprint=Fingerprint([0, 1, 2], "bf16", 0.0, [0.0]))
 options = {"without_tokenizer": True, "check": False, "dtype": "bf16"}
 source = open_model(folder, verify=False)
 Path("/proc/self/clear_refs").write_text("5")
 export_checkpoint(source, folder / "out", **options)
 print("conversion", largest_memory())
+lines = []
+try:
+    export._check_fingerprint(source, lines.append)
+except export.ExportDiffers as error:
+    lines.append(str(error))
+print("fingerprint", largest_memory(), flush=True)
 assert compare_logits(folder / "out", source, streamed=True).passed
 print("check", largest_memory(), flush=True)
 export.flush_to_disk = lambda file: os.kill(os.getpid(), signal.SIGKILL)  # after the weights, before the name
@@ -408,7 +461,8 @@ def test_memory_and_a_kill(tmp_path):
     """600 MB in one tensor: that and 1 GB is all that conversion and check take. Then a kill before it has its name."""
     finished = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert finished.returncode == -9, finished.stderr
-    figures = dict(line.split() for line in finished.stdout.splitlines() if line.startswith(("conversion", "check")))
-    assert set(figures) == {"conversion", "check"}
+    parts = ("conversion", "fingerprint", "check")
+    figures = dict(line.split() for line in finished.stdout.splitlines() if line.startswith(parts))
+    assert set(figures) == set(parts)
     assert all(int(used) < 600e6 + 1e9 for used in figures.values()), figures
-    assert (tmp_path / "out").exists() and (tmp_path / ".killed.tmp").exists() and not (tmp_path / "killed").exists()
+    assert (tmp_path / "out").exists() and (tmp_path / ".killed.export").exists() and not (tmp_path / "killed").exists()

@@ -6,7 +6,15 @@ import json
 import pytest
 import torch
 
-from megaslm.checkpoint.huggingface.families import FAMILIES, dropout_of, family_of, hf_config, model_config
+from megaslm.checkpoint.huggingface.families import (
+    FAMILIES,
+    dropout_of,
+    family_of,
+    generation_config,
+    hf_config,
+    model_config,
+    needs_transformers_5,
+)
 from megaslm.config import ModelConfig, list_presets, load_run_config
 from megaslm.data import ascii_tokenizer, train_bpe
 from megaslm.errors import UserError
@@ -148,6 +156,12 @@ def test_models_of_the_hub_are_understood():
     assert dropout_of(LLAMA_3_1) == {}
 
 
+def without_gaps(content):
+    """Without the keys whose value is `...`, within objects too."""
+    kept = {key: value for key, value in content.items() if value is not ...}
+    return {key: without_gaps(value) if isinstance(value, dict) else value for key, value in kept.items()}
+
+
 def yarn(**values):
     return {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, **values}}
 
@@ -185,7 +199,16 @@ def yarn(**values):
             "layer to layer",
         ),
         (LLAMA_3_1, {"num_key_value_heads": 5}, "num_heads 32 is not a multiple of num_kv_heads 5"),
-        (LLAMA_3_1, {"hidden_size": "4096"}, "hidden_size: "),
+        (LLAMA_3_1, {"hidden_size": "4096"}, "hidden_size is '4096': "),
+        (LLAMA_3_1, {"rope_theta": 0}, "rope_theta is 0.0: "),
+        (LLAMA_3_1, {"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor is 0.5: "),
+        (LLAMA_3_1, {"tie_word_embeddings": None}, "tie_word_embeddings is None: "),
+        (LLAMA_3_1, {"num_attention_heads": 24, "head_dim": 128}, "with model_type mistral, architectures left out"),
+        (
+            LLAMA_3_1,
+            {"rope_scaling": {**LLAMA_3_1["rope_scaling"], "low_freq_factor": ...}},
+            "low_freq_factor of rope_type 'llama3' is None",
+        ),
         (LLAMA_3_1, {"hidden_size": ...}, "hidden_size is missing"),
         (LLAMA_3_1, {"model_type": "mistral", "architectures": None}, "sliding_window is 4096, shorter than"),
         (QWEN3, {"use_sliding_window": True, "sliding_window": 4096}, "sliding_window is 4096, shorter than"),
@@ -200,7 +223,7 @@ def yarn(**values):
     ],
 )
 def test_what_our_network_cannot_hold_is_refused_by_its_key(base, change, named):
-    content = {key: value for key, value in {**base, **change}.items() if value is not ...}
+    content = without_gaps({**base, **change})
     with pytest.raises(UserError) as error:
         model_config(content, "DIR/config.json")
     assert str(error.value).startswith("DIR/config.json: ") and named in str(error.value)
@@ -216,13 +239,50 @@ def test_what_our_network_cannot_hold_is_refused_by_its_key(base, change, named)
         (LLAMA_3_1, yarn(), {"rope_scaling": "yarn", "rope_original_context": 131072}),
         (LLAMA_3_1, {"num_key_value_heads": None}, {"num_kv_heads": 32}),
         (PYTHIA, {"hidden_act": "gelu_fast"}, {"feed_forward": "gelu_tanh"}),
+        (PYTHIA, {"hidden_act": "gelu_pytorch_tanh"}, {"feed_forward": "gelu_tanh"}),
         (PYTHIA, {"rotary_pct": ...}, {"rope_fraction": 0.25}),
+        (LLAMA_3_1, {**yarn(), "original_max_position_embeddings": 4096}, {"rope_original_context": 4096}),
+        (
+            LLAMA_3_1,
+            {
+                "model_type": "mistral",
+                "architectures": None,
+                "sliding_window": None,
+                "num_attention_heads": 24,
+                "head_dim": 128,
+            },
+            {"num_heads": 24},
+        ),
     ],
 )
 def test_what_it_can_hold_is_not(base, change, expected):
-    content = {key: value for key, value in {**base, **change}.items() if value is not ...}
+    content = without_gaps({**base, **change})
     found = model_config(content, "config.json")
     assert {key: getattr(found, key) for key in expected} == expected
+
+
+V5 = {"rope_theta": ..., "rope_scaling": ..., "rotary_emb_base": ..., "rotary_pct": ...}
+THETA = {"rope_theta": 500000.0}
+
+
+@pytest.mark.parametrize(
+    "base, change, needed",
+    [
+        (LLAMA_3_1, {}, False),
+        (LLAMA_3_1, {"rope_parameters": {**LLAMA_3_1["rope_scaling"], **THETA}}, False),
+        (LLAMA_3_1, {"rope_scaling": {**LLAMA_3_1["rope_scaling"], **THETA}}, False),
+        (LLAMA_3_1, {**V5, "rope_parameters": {**LLAMA_3_1["rope_scaling"], **THETA}}, True),
+        (LLAMA_3_1, {**V5, "rope_parameters": {"rope_type": "default", **THETA}}, True),
+        (LLAMA_3_1, {**V5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, False),
+        (LLAMA_3_1, {**V5, "rope_scaling": {**LLAMA_3_1["rope_scaling"], **THETA}}, True),
+        (LLAMA_3_1, {**yarn(), "original_max_position_embeddings": 4096}, True),
+        (PYTHIA, {}, False),
+        (PYTHIA, {**V5, "rope_parameters": {"rope_theta": 10000, "partial_rotary_factor": 0.5}}, True),
+        (GPT2_HUB, {}, False),
+    ],
+)
+def test_what_transformers_4_would_pass_over_is_seen(base, change, needed):
+    assert needs_transformers_5(without_gaps({**base, **change}), "config.json") == needed
 
 
 def test_nonsense_in_any_key_is_a_users_error():
@@ -235,6 +295,18 @@ def test_nonsense_in_any_key_is_a_users_error():
             for value in nonsense:
                 with contextlib.suppress(UserError):
                     model_config({**base, key: value}, "config.json")
+
+
+def test_the_facts_of_an_imported_model_go_before_ours():
+    tokenizer = train_bpe(["some text"], 300)
+    origin = {"family": "mistral", "special_tokens": {"eos_token_id": [5, 6]}, "generation_config": {"top_p": 0.9}}
+    content = hf_config(ModelConfig(**LLAMA), "fp32", tokenizer, origin)
+    assert (content["model_type"], content["sliding_window"]) == ("mistral", None)
+    assert (content["bos_token_id"], content["eos_token_id"]) == (tokenizer.bos_id, [5, 6])
+    assert generation_config(tokenizer, origin) == {"top_p": 0.9}
+    assert generation_config(tokenizer)["eos_token_id"] == tokenizer.eod_id
+    # Continued with another switch, it may no longer be what it was.
+    assert hf_config(ModelConfig(**LLAMA, bias=True), "fp32", None, origin)["model_type"] == "llama"
 
 
 def test_defaults_are_those_of_transformers():

@@ -1,6 +1,8 @@
 """What a Hugging Face folder holds, under our names; and what is refused, by name."""
 
+import json
 import shutil
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -54,10 +56,32 @@ def test_shards_are_read_by_their_index(hf_folder, copy):
         HuggingFaceFolder(folder)
 
 
+def test_a_single_file_goes_before_an_index_as_in_transformers(copy):
+    (copy / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    assert HuggingFaceFolder(copy).files == [copy / "model.safetensors"]
+
+
+def test_a_tensor_stands_in_one_file(copy):
+    tensors = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    other = {"model.norm.weight": tensors["model.norm.weight"] * 2}
+    for buffer in (True, False):
+        again = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)} if buffer else other
+        save_file(tensors | (again if buffer else {}), copy / "a.safetensors")
+        save_file(again, copy / "b.safetensors")
+        weight_map = {**dict.fromkeys(tensors, "a.safetensors"), **dict.fromkeys(again, "b.safetensors")}
+        (copy / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        if buffer:
+            HuggingFaceFolder(copy)
+    with pytest.raises(UserError, match="model.norm.weight stands in a.safetensors and in b.safetensors"):
+        HuggingFaceFolder(copy)
+
+
 def test_types_may_differ_and_the_widest_is_told(copy):
     change(copy, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"].float()}))
     folder = HuggingFaceFolder(copy)
-    assert folder.dtype == torch.float32
+    assert folder.dtype == torch.float32 and folder.dtypes == {torch.float32, torch.bfloat16}
+    assert folder.facts["dtype"] == "fp32"
     assert folder.read("decoder.norm.weight").dtype == torch.float32
     assert folder.read("head.weight").dtype == torch.bfloat16
 
@@ -87,7 +111,11 @@ def test_rotary_frequencies_and_a_tied_head_may_be_stored(hf_folder):
     change(folder, add)
     assert "head.weight" not in HuggingFaceFolder(folder).shapes
     change(folder, lambda tensors: tensors["lm_head.weight"].mul_(2))
+    embedding = "model.embed_tokens.weight"
     with pytest.raises(UserError, match="tie_word_embeddings of config.json is true, and lm_head.weight is not"):
+        HuggingFaceFolder(folder)
+    change(folder, lambda tensors: tensors.pop(embedding))
+    with pytest.raises(UserError, match=f"{embedding} is missing"):
         HuggingFaceFolder(folder)
 
 
@@ -145,7 +173,7 @@ def truncate(folder):
 @pytest.mark.parametrize(
     "edit, message",
     [
-        (replace("pytorch_model.bin", b""), "pytorch_model.bin is pickled, which can run code.*save_pretrained"),
+        (replace("pytorch_model.bin", b""), "pytorch_model.bin is pickled, and a pickle can run code.*save_pretrained"),
         (replace("other.gguf", b""), "has no weights: neither model.safetensors nor"),
         (
             replace("model.safetensors", b"version https://git-lfs", ()),
@@ -173,20 +201,38 @@ def test_a_file_that_ends_too_early_is_named(copy):
 def test_a_name_of_the_hub_is_fetched_and_a_path_is_not(monkeypatch, tmp_path, llama):
     import huggingface_hub
 
-    asked = []
+    asked, files = [], ["config.json", "model.safetensors", "generation_config.json", "tokenizer.model", "README.md"]
 
     def snapshot_download(name, allow_patterns):
-        asked.append((name, "model-*.safetensors" in allow_patterns))
+        asked.append(name)
         if name == "no/where":
             raise OSError("offline\nat length")
-        return str(llama)
+        folder = tmp_path / f"{len(asked)}"
+        folder.mkdir()
+        for file in files:
+            if any(fnmatch(file, pattern) for pattern in allow_patterns):
+                shutil.copy(llama / file if (llama / file).exists() else llama / "config.json", folder / file)
+        return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert find_folder("some/llama") == llama and asked == [("some/llama", True)]
+    found = find_folder("some/llama")
+    assert asked == ["some/llama"] and sorted(path.name for path in found.iterdir()) == sorted(files[:4])
+    assert HuggingFaceFolder(found).older_tokenizer == found / "tokenizer.model"
     assert find_folder(str(tmp_path)) == tmp_path and find_folder(tmp_path / "gone") == tmp_path / "gone"
     assert len(asked) == 1
     with pytest.raises(UserError, match=r"no no/where here, and the Hugging Face hub gives no model .* \(offline\)"):
         find_folder("no/where")
+    files[1] = "pytorch_model.bin"
+    with pytest.raises(UserError, match="some/llama on the .* hub has no weights in safetensors.* pickle can run code"):
+        find_folder("some/llama")
+    files[0] = "x.gguf"
+    with pytest.raises(UserError, match="some/llama on the .* hub is not a model of transformers: it has no config"):
+        find_folder("some/llama")
+    files[0] = "adapter_config.json"
+    with pytest.raises(UserError, match="is an adapter of another model: merge"):
+        HuggingFaceFolder(find_folder("some/adapter"))
+    with pytest.raises(UserError, match="name is empty"):
+        find_folder("")
 
 
 def test_unknown_keys_of_config_json_are_no_matter(copy, edit_json):
