@@ -53,11 +53,11 @@ setup(
         "zstandard>=0.22",
     ],
     extras_require={
-        "eval": ["lm_eval>=0.4.9"],
+        "eval": ["lm_eval>=0.4.12"],
         "wandb": ["wandb>=0.19"],
         "dev": [
             "hypothesis>=6.100",
-            "lm_eval>=0.4.9",
+            "lm_eval>=0.4.12",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

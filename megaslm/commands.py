@@ -1,7 +1,9 @@
 """What every command in tools/ and launch/ shares: how it ends."""
 
 import atexit
+import errno
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +14,8 @@ from megaslm.errors import USER_ERROR_EXIT_CODE, UserError
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE_EXIT_CODE = 141  # 128 + SIGPIPE
+
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 # The launcher ends all ranks when the first is gone: a rank that has nothing to say lets the other one speak.
 SECONDS_FOR_THE_MESSAGE = 1.0
@@ -32,12 +36,25 @@ def mute_native_exit() -> None:
     atexit.register(mute)
 
 
+def interrupt_on_termination() -> None:
+    """Let SIGTERM and SIGHUP end this process as Ctrl-C does: through every `finally` and `with`, so that temporary
+    folders go. A signal that is ignored, as under nohup, stays ignored."""
+
+    def interrupt(*_) -> NoReturn:
+        raise KeyboardInterrupt
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and leave with its return value as the exit code (None: 0).
 
-    A UserError becomes one `error: ...` message on stderr and exit code 2, Ctrl-C exit code 130, a closed pipe 141; any
-    other exception is a fault of ours and keeps its traceback. Of several ranks with the same error one on each machine
-    prints it.
+    A UserError becomes one `error: ...` message on stderr and exit code 2, and so does a full disk, be it only that of
+    stdout; Ctrl-C exit code 130, a closed pipe 141; any other exception is a fault of ours and keeps its traceback. Of
+    several ranks with the same error one on each machine prints it.
     """
     mute_native_exit()
     if hasattr(sys.stdout, "reconfigure"):  # not where a test has put something in its place
@@ -56,10 +73,20 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
             sys.stdout.flush()
             os._exit(code)
     except BrokenPipeError:
-        # `| head` has seen enough. What Python still holds back must not raise once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()  # `| head` has seen enough
         code = BROKEN_PIPE_EXIT_CODE
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        _drop_output()
+        print(f"error: {error.strerror}: make room on the disk, or write elsewhere", file=sys.stderr)
+        code = USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = INTERRUPTED_EXIT_CODE
     sys.exit(code)
+
+
+def _drop_output() -> None:
+    """What Python still holds back for stdout must not raise once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -12,7 +12,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("megaslm", "kernels", "tools", "launch", "tests")
 # Packages, and files that stand beside the command or test that imports them.
 OURS = {"megaslm", "megaslm_kernels", *(path.stem for path in ROOT.glob("tools/*.py"))}
-OURS |= {path.stem for folder in ("data", "generation", "kernels") for path in ROOT.glob(f"tests/{folder}/*.py")}
+OURS |= {
+    path.stem
+    for folder in ("checkpoint", "data", "generation", "kernels")
+    for path in ROOT.glob(f"tests/{folder}/**/*.py")
+}
 # Not installed by any extra: probed where they are used, and named in the error when they are missing.
 PROBED = {"apex", "flash-attn"}
 # Modules around a class of an extra's package, themselves imported where a user asks for it alone.

@@ -18,8 +18,6 @@ JSON and at the end of the table, says what is missing; --full measures that too
 """
 
 import argparse
-import json
-import os
 import platform
 import subprocess
 import sys
@@ -31,6 +29,7 @@ from pathlib import Path
 # No more of megaslm than this, so that it runs where only torch and triton are installed.
 from megaslm.commands import run_command
 from megaslm.errors import UserError
+from megaslm.reports import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -257,13 +256,6 @@ def main() -> int:
     if report["cases_left"]:
         print(f"stopped at --limit_seconds: {left}")
     return int(any(row["implementation"] == "triton" and row["status"] != "ok" for row in report["rows"]))
-
-
-def write_json(path: Path, report: dict) -> None:
-    """Replaced in one move: whenever the run is killed, the file is whole."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from megaslm.checkpoint import (
 )
 from megaslm.commands import run_command
 from megaslm.errors import UserError
+from megaslm.reports import table
 
 SHOW = 10
 VALUE_WIDTH = 60  # characters of a value of a config; --json prints all of it
@@ -131,15 +132,16 @@ def contents_facts(contents: Contents) -> list[tuple[str, str]]:
 
 
 def fingerprint_line(one: dict[str, Any] | None) -> str:
-    return (
-        "-"
-        if one is None
-        else f"loss {one['loss']:.6f} nats over {one['tokens']} tokens, weights in {one['precision']}"
-    )
+    if one is None or "fault" in one:
+        return "-" if one is None else one["fault"]
+    rounded = f" (and rounded to {', '.join(one['rounded'])})" if one["rounded"] else ""
+    return f"loss {one['loss']:.6f} nats over {one['tokens']} tokens, weights in {one['precision']}{rounded}"
 
 
 def tokenizer_line(one: dict[str, Any] | None) -> str:
-    return "-" if one is None else f"{one['type']}, {plural(one['tokens'], 'token')}, fingerprint {one['fingerprint']}"
+    if one is None or "fault" in one:
+        return "-" if one is None else one["fault"]
+    return f"{one['type']}, {plural(one['tokens'], 'token')}, fingerprint {one['fingerprint']}"
 
 
 def tensor_lines(tensors: list[TensorStatistics]) -> list[str]:
@@ -195,6 +197,7 @@ def comparison_lines(report: Comparison) -> list[str]:
     lines.append("")
     for section, found in report.values.items():
         lines += value_lines(section, found)
+    lines += [f"{section}: not comparable ({reason})" for section, reason in report.not_comparable.items()]
     parameters = [
         f"  {name}: only in {side}"
         for side, names in (("A", report.only_in_a), ("B", report.only_in_b))
@@ -248,13 +251,6 @@ def kind_lines(part: KindComparison, show: int) -> list[str]:
     ]
     header = ["|A-B| / |A|", "max |A-B|", "elements that differ", "tensor"]
     return lines + ([f"  {line}" for line in table(header, rows, ">>><")] if rows else [])
-
-
-def table(header: list[str], rows: list[list[str]], align: str) -> list[str]:
-    """Columns two spaces apart; align: "<" or ">" for each."""
-    columns = list(zip(header, *rows, strict=True))
-    formats = [f"{side}{max(map(len, column))}" for side, column in zip(align, columns, strict=True)]
-    return ["  ".join(map(format, row, formats)).rstrip() for row in [header, *rows]]
 
 
 def plural(number: int, what: str) -> str:

@@ -10,14 +10,15 @@ from megaslm.data.order import ORDER_VERSION, Blend, Segment, WindowsOrder
 from megaslm.data.pipeline import ON_ERROR, BuildOptions, preprocess, skipped_records
 from megaslm.data.reshaping import merge_token_files, split_token_file
 from megaslm.data.sources import PYTHON_STDLIB, Document, TextSource
+from megaslm.data.standard_text import STANDARD_FILE, standard_text
 from megaslm.data.statistics import DatasetStatistics, dataset_statistics, excerpts, plot_lengths, tokenizer_of
 from megaslm.data.token_file import TokenFile, verify
 from megaslm.data.token_range import TokenRange, common_tokenizer, split_bounds
 from megaslm.data.token_writer import TokenFileWriter, output_lock
-from megaslm.data.tokenizer import Tokenizer, load_tokenizer
+from megaslm.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from megaslm.data.tokenizer_training import ascii_tokenizer, character_tokenizer, train_bpe
 from megaslm.data.work import BuildProgress
-from megaslm.data.workers import num_cores
+from megaslm.resources import num_cores
 
 __all__ = [
     "DEFAULT_VOCAB_SIZE",
@@ -27,6 +28,7 @@ __all__ = [
     "ON_ERROR",
     "ORDER_VERSION",
     "PYTHON_STDLIB",
+    "TOKENIZER_FILES",
     "Assembly",
     "Batch",
     "Blend",
@@ -36,6 +38,7 @@ __all__ = [
     "Document",
     "MegatronOrder",
     "PreparedCorpus",
+    "STANDARD_FILE",
     "Segment",
     "TextSource",
     "TokenFile",
@@ -65,6 +68,7 @@ __all__ = [
     "skipped_records",
     "split_bounds",
     "split_token_file",
+    "standard_text",
     "tokenizer_of",
     "train_bpe",
     "verify",

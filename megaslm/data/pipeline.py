@@ -38,8 +38,9 @@ from megaslm.data.work import (
     Work,
     work_errors,
 )
-from megaslm.data.workers import WorkerProcesses, num_cores
+from megaslm.data.workers import WorkerProcesses
 from megaslm.errors import UserError
+from megaslm.resources import num_cores
 
 ON_ERROR = ("stop", "skip")
 BOUNDS = ("min_chars", "max_chars", "min_tokens", "max_tokens")

@@ -9,8 +9,6 @@ import errno
 import hashlib
 import json
 import os
-import socket
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +32,7 @@ from megaslm.data.token_file import (
     token_dtype,
 )
 from megaslm.errors import UserError
-from megaslm.files import sync_folder
+from megaslm.files import sole_writer, sync_folder
 
 LENGTH_DTYPE, BOUNDARY_DTYPE = np.dtype("<i4"), np.dtype("<i8")  # as the format has them
 LARGEST_LENGTH = (1 << 31) - 1  # tokens of a sequence
@@ -49,7 +47,6 @@ REMEDIES = {
     errno.ENAMETOOLONG: "; choose a shorter name",
 }
 HIDDEN = ("bin", "idx", "json", "lengths", "boundaries")  # what stands beside PREFIX while it is written
-HOLDER_SECONDS = 0.1  # within which the one who has just got a lock has written its name
 
 
 @contextlib.contextmanager
@@ -107,60 +104,12 @@ def output_lock(prefix: str | os.PathLike) -> Iterator[None]:
     ends, and the next one removes what that left. A file system without locks, or Windows, lets everyone pass.
     """
     prefix = Path(check_prefix(prefix))
-    path = prefix.with_name(f".{prefix.name}.lock")
-    with disk_errors(prefix):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _lock(path, prefix)
-    try:
+    with contextlib.ExitStack() as held:
+        with disk_errors(prefix):
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(sole_writer(prefix, "PREFIX"))
         _remove(_hidden(prefix, kind) for kind in HIDDEN)
         yield
-    finally:
-        # First the name, then the lock: who waits for neither finds no file, or one that is still locked.
-        if descriptor is not None:
-            _remove([path])
-            os.close(descriptor)
-
-
-def _lock(path: Path, prefix: Path) -> int | None:
-    """Descriptor of the locked file at `path`, which says who holds it; None where there is no such thing."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    while True:
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except PermissionError:
-            if not path.exists():
-                raise
-            descriptor = os.open(path, os.O_RDONLY)  # another user's: to lock it, that is enough
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                time.sleep(HOLDER_SECONDS)
-                holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
-                os.close(descriptor)
-                raise UserError(
-                    f"{holder} is writing {prefix}: wait until it has ended, or choose another output PREFIX"
-                ) from None
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                os.close(descriptor)
-                raise
-        if _is_at(descriptor, path):
-            with contextlib.suppress(OSError):  # the lock holds without the name
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
-            return descriptor
-        os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still there: who held it before may have removed it since the opening."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _hidden(prefix: str | os.PathLike, kind: str) -> Path:

@@ -39,7 +39,7 @@ MAX_BATCH_CHARACTERS = 1 << 21  # an encoded token takes about 120 bytes inside 
 
 SETTINGS_FILE = "megaslm_tokenizer.json"
 SETTINGS_VERSION = 1
-FOLDER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "vocab.json",
@@ -315,7 +315,7 @@ def load_tokenizer(path_or_hub_name: str | os.PathLike) -> Tokenizer:
             "older format with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(FOLDER)"
         )
     files = {}
-    for file in FOLDER_FILES:
+    for file in TOKENIZER_FILES:
         if (folder / file).is_file():
             try:
                 files[file] = (folder / file).read_bytes().decode()
@@ -331,7 +331,7 @@ def _from_hub(name: str) -> Path:
 
     missing = f"there is no tokenizer folder {name} here, and the Hugging Face hub gives no tokenizer of that name"
     try:
-        return Path(snapshot_download(name, allow_patterns=list(FOLDER_FILES)))
+        return Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
     except Exception as error:  # no network, no such name, no permission: one class each
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{missing} ({reason})") from None

@@ -8,7 +8,6 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
-import math
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
@@ -29,7 +28,6 @@ from megaslm.data.work import CHUNK_BYTES, UNIT_SUFFIX, work_errors, write_all
 from megaslm.errors import UserError
 
 KILLED = -9  # exit code of a process that was sent SIGKILL
-CGROUPS, CGROUP_ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 class WorkerProcesses:
@@ -222,38 +220,3 @@ def _encode_to_file(unit: Unit, path: Path, encode: UnitEncoder) -> tuple[list[t
             for array in arrays:
                 write_all(file, array)
     return [(name, sum(array.nbytes for array in arrays)) for name, arrays in columns.items()], facts
-
-
-# --- how many ---------------------------------------------------------------------------------------------------------
-
-
-def num_cores() -> int:
-    """Cores that this process may use, by its affinity and by the CPU time that its control groups may take."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(cores, _cpu_quota())))
-
-
-def _cpu_quota() -> float:
-    """The smallest quota of this process's control group and those above it, in cores; infinity if none is set."""
-    try:
-        lines = CGROUPS.read_text().splitlines()
-    except OSError:
-        lines = []  # not Linux
-    quotas = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = CGROUP_ROOT / "cpu" if controllers else CGROUP_ROOT  # version 1 has a tree for each controller
-        group = root / path.lstrip("/")
-        quotas += [_quota(folder) for folder in (group, *group.parents) if folder.is_relative_to(root)]
-    return min(quotas, default=math.inf)
-
-
-def _quota(group: Path) -> float:
-    """Cores' worth of CPU time: of "QUOTA PERIOD" in cpu.max (version 2), or of two files (version 1)."""
-    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
-        with contextlib.suppress(OSError, ValueError):  # a file that is not there, or "max"
-            quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
-            return quota / period if quota > 0 else math.inf
-    return math.inf

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from megaslm.data import Assembly, BuildOptions, TextSource, TokenFile, num_cores, preprocess, workers
+from megaslm.data import Assembly, BuildOptions, TextSource, TokenFile, preprocess, workers
 from megaslm.data.signals import signals_held
 from megaslm.data.sources import LISTED_FAULTS
 from megaslm.data.unit_encoder import UnitRules
@@ -112,24 +112,3 @@ def test_arrays_with_and_without_the_end_are_duplicates(bpe, tmp_path):
     options = BuildOptions(assembly=Assembly(dedup=True))
     preprocess(TextSource([tmp_path / "x.npz"]), bpe, tmp_path / "x", options, workers=0)
     assert TokenFile(tmp_path / "x").num_documents == 2
-
-
-@pytest.mark.parametrize(
-    ("line", "files", "cores"),
-    [
-        ("0::/a/b", {"a/cpu.max": "150000 100000", "a/b/cpu.max": "max 100000"}, 2),
-        ("0::/gone", {"cpu.max": "100000 100000"}, 1),
-        ("4:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "300000\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 3),
-        ("4:cpu:/a", {"cpu/a/cpu.cfs_quota_us": "-1\n", "cpu/a/cpu.cfs_period_us": "100000\n"}, 64),
-        ("1:memory:/a", {"cpu.max": "100000 100000"}, 64),
-    ],
-)
-def test_cores_by_quota(tmp_path, monkeypatch, line, files, cores):
-    (tmp_path / "cgroup").write_text(line + "\n")
-    for name, content in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
-    monkeypatch.setattr(workers, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(workers, "CGROUP_ROOT", tmp_path)
-    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda _: range(64), raising=False)
-    assert num_cores() == cores
