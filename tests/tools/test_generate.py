@@ -4,6 +4,7 @@ import io
 import json
 import os
 import select
+import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -238,10 +239,21 @@ def test_a_conversation_in_a_terminal(folders):
     """Ctrl-C in a line and Ctrl-D, through a terminal's own line editing."""
     pty = pytest.importorskip("pty", reason="terminals like this are of Unix")
     command = [sys.executable, str(ROOT / "tools" / "generate.py"), "--model", str(folders["rotary"]), "--interactive"]
-    environment = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"}
-    process, ours = pty.fork()
-    if process == 0:
-        os.execve(sys.executable, command, environment)
+    # Not pty.fork: what other tests have started in this process may hang in a copy of it. So the terminal becomes the
+    # program's own, from which Ctrl-C comes, in a process of its own.
+    own_terminal = (
+        "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", own_terminal, *command],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        env={**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"},
+    )
+    os.close(theirs)
     shown = b""
 
     def wait_for(text: bytes) -> None:
@@ -266,7 +278,7 @@ def test_a_conversation_in_a_terminal(folders):
                 pass
     finally:
         os.close(ours)  # hangs up: a program that is still there ends
-        assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+        assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize(
