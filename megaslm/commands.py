@@ -43,10 +43,15 @@ def interrupt_on_termination() -> None:
     def interrupt(*_) -> NoReturn:
         raise KeyboardInterrupt
 
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
+    handle_termination(interrupt)
+
+
+def handle_termination(handler) -> None:
+    """Of Ctrl-C, of a batch system and of a terminal that is closed; what is ignored stays so."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # not every system has all of them
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, interrupt)
+            signal.signal(number, handler)
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:

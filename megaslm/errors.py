@@ -3,6 +3,11 @@
 USER_ERROR_EXIT_CODE = 2
 
 
+def first_line(error: BaseException, otherwise: str = "no message") -> str:
+    """The first line of an error's message; `otherwise` where it has none."""
+    return next(iter(str(error).strip().splitlines()), otherwise)
+
+
 class UserError(Exception):
     """A mistake in a command, a configuration, the data or the machine: says what, where and what to do.
 

@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 
-from megaslm.commands import run_command
+from megaslm.commands import handle_termination, interrupt_on_termination, run_command
 from megaslm.data import (
     ENCODERS,
     ON_ERROR,
@@ -149,25 +149,13 @@ def open_source(arguments: argparse.Namespace) -> TextSource:
     return TextSource(arguments.input, arguments.text_key, template, stdin_format=arguments.stdin_format, **limit)
 
 
-def interrupt(*_) -> None:
-    raise KeyboardInterrupt
-
-
-def handle_signals(handler) -> None:
-    """Of Ctrl-C, of a batch system and of a terminal that is closed; what is ignored (nohup) stays so."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # not every system has all of them
-        if number and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
 def main() -> None:
     arguments = parse_arguments()
     options = build_options(arguments)
     tokenizer = load_tokenizer(arguments.tokenizer)
     source = open_source(arguments)
     print(f"reading {len(source.files):,} files, {source.num_bytes / 1e6:,.1f} MB", flush=True)
-    handle_signals(interrupt)
+    interrupt_on_termination()
     display = ProgressDisplay(source.num_bytes)
     try:
         manifests = preprocess(
@@ -182,7 +170,7 @@ def main() -> None:
             report=lambda line: print(line, flush=True),
         )
     except KeyboardInterrupt:
-        handle_signals(signal.SIG_IGN)  # all is said and done
+        handle_termination(signal.SIG_IGN)  # all is said and done
         print("the same command goes on from here", file=sys.stderr)
         raise
     finally:

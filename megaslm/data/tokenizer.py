@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer as Backend
 
-from megaslm.errors import UserError
+from megaslm.errors import UserError, first_line
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -333,7 +333,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
     except Exception as error:  # no network, no such name, no permission: one class each
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error, type(error).__name__)
         raise UserError(f"{missing} ({reason})") from None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megaslm.data import Tokenizer
-from megaslm.errors import UserError
+from megaslm.errors import UserError, first_line
 from megaslm.evaluation.sets import check_names
 from megaslm.model import LanguageModel
 
@@ -106,7 +106,7 @@ class HarnessTasks:
         except Exception as error:
             if lm is not None and lm.answering:
                 raise
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            reason = first_line(error, type(error).__name__)
             advice = "; change its YAML file, or the options"
             if any(map(_is_of_the_network, _causes(error))):
                 advice = (

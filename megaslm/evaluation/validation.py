@@ -32,7 +32,7 @@ from megaslm.checkpoint import (
     verify_export,
 )
 from megaslm.data import STANDARD_FILE, standard_text
-from megaslm.errors import UserError
+from megaslm.errors import UserError, first_line
 from megaslm.evaluation.placement import Placement, choose_placement
 from megaslm.evaluation.sets import Windows, open_sets
 from megaslm.generation import GenerationOptions, Generator
@@ -113,7 +113,7 @@ class ValidationReport:
         except UserError as error:
             found, passed = str(error), False
         except Exception as error:  # of what is wrong with a model, or of a machine that is too small for it
-            found = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')}"
+            found = f"{type(error).__name__}: {first_line(error)}"
             passed = False
         self.checks.append(Check(name, found, expected, passed))
 

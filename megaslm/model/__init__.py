@@ -4,6 +4,7 @@ from megaslm.model.context import STRETCH_METHODS, stretch_context, stretch_posi
 from megaslm.model.flops import count_parameters, flops_per_token
 from megaslm.model.initialization import build_model, initial_value, initialize_parameters
 from megaslm.model.precision import DTYPES
+from megaslm.model.rotary import rotary_base
 from megaslm.model.transformer import Block, Decoder, LanguageModel, LanguageModelHead
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "flops_per_token",
     "initial_value",
     "initialize_parameters",
+    "rotary_base",
     "stretch_context",
     "stretch_positions",
 ]

@@ -67,6 +67,14 @@ class RotaryTable(nn.Module):
         return Rotary(self.cos[start : start + length], self.sin[start : start + length], None)
 
 
+def rotary_base(config: ModelConfig) -> float:
+    """theta of the rotary frequencies, which ntk scaling makes larger, and is nothing else."""
+    if config.rope_scaling != "ntk":
+        return config.rope_theta
+    rotated = int(config.head_dim * config.rope_fraction)
+    return config.rope_theta * config.rope_scaling_factor ** (rotated / max(rotated - 2, 1))
+
+
 def rotary_frequencies(config: ModelConfig) -> Tensor:
     """Radians per position of every pair of rotated channels, [R/2] fp32 on the CPU.
 
@@ -74,9 +82,7 @@ def rotary_frequencies(config: ModelConfig) -> Tensor:
     the nearest fp32 number alone can move a logit by 1e-3, and an export would not be the model that was trained.
     """
     rotated = int(config.head_dim * config.rope_fraction) // 2 * 2
-    theta, factor, context = config.rope_theta, config.rope_scaling_factor, config.rope_original_context
-    if config.rope_scaling == "ntk":
-        theta = theta * factor ** (rotated / max(rotated - 2, 1))
+    theta, factor, context = rotary_base(config), config.rope_scaling_factor, config.rope_original_context
     powers = theta ** (torch.arange(0, rotated, 2, dtype=torch.float32) / rotated)
     frequencies = 1 / powers
     if config.rope_scaling == "linear":

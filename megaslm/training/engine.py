@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megaslm.config import OptimizerConfig, RunConfig, offloads_optimizer, zero_stage
 from megaslm.data import IGNORED_TARGET
-from megaslm.errors import UserError
+from megaslm.errors import UserError, first_line
 from megaslm.model import LanguageModel
 from megaslm.parallel import Ranks
 from megaslm.training.batches import MicroBatch
@@ -97,11 +97,6 @@ def compile_blocks(
     for block in blocks:
         block.compile()
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, which may be empty."""
-    return next(iter(str(error).strip().splitlines()), "no message")
 
 
 class TrainingEngine:

@@ -7,11 +7,11 @@ import torch
 
 from megaslm.checkpoint import Checkpoint, check_engine, clear_leftovers
 from megaslm.config import RunConfig, zero_stage
-from megaslm.errors import UserError
+from megaslm.errors import UserError, first_line
 from megaslm.model import DTYPES, build_model
 from megaslm.parallel import host, init_distributed
 from megaslm.training import report
-from megaslm.training.engine import TrainingEngine, compile_blocks, first_line
+from megaslm.training.engine import TrainingEngine, compile_blocks
 from megaslm.training.loop import Training, dry_run
 from megaslm.training.preparation import Options, Plan, make_plan
 from megaslm.training.progress import Progress, conclude_late

@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-from megaslm.config import ModelConfig
 from megaslm.data import load_tokenizer, train_bpe
 from megaslm.errors import UserError
 from megaslm.evaluation import HarnessTasks, run_harness, task_rows
@@ -57,16 +56,8 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer):
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        context_length=CONTEXT,
-        num_layers=2,
-        hidden_size=32,
-        num_heads=4,
-        ffn_hidden_size=48,
-        init_std=0.3,
-    )
+def model(tokenizer, tiny_config):
+    config = tiny_config(tokenizer, CONTEXT, init_std=0.3)
     return build_model(config, seed=5).eval()
 
 

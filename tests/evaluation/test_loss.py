@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megaslm.config import ModelConfig
 from megaslm.data import ValidationData, build_token_file, load_tokenizer, train_bpe
 from megaslm.data.sources import TextSource
 from megaslm.errors import UserError
@@ -28,16 +27,8 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(tokenizer):
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        context_length=CONTEXT,
-        num_layers=2,
-        hidden_size=32,
-        num_heads=4,
-        ffn_hidden_size=48,
-        init_std=0.2,
-    )
+def model(tokenizer, tiny_config):
+    config = tiny_config(tokenizer, CONTEXT, init_std=0.2)
     return build_model(config, seed=2).eval()
 
 

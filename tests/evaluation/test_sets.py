@@ -8,7 +8,6 @@ import tempfile
 import pytest
 
 from megaslm.checkpoint import Piece, open_model, write_checkpoint
-from megaslm.config import ModelConfig
 from megaslm.data import (
     Assembly,
     BuildOptions,
@@ -34,16 +33,9 @@ def tokenizer(corpus):
 
 
 @pytest.fixture(scope="module")
-def save(tokenizer):
+def save(tokenizer, tiny_config):
     """A checkpoint of a tiny model that was trained with the corpus's tokenizer."""
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        context_length=CONTEXT,
-        num_layers=2,
-        hidden_size=32,
-        num_heads=4,
-        ffn_hidden_size=48,
-    )
+    config = tiny_config(tokenizer, CONTEXT)
     model = build_model(config, seed=1).eval()
     weights = {name: Piece.whole(value.detach()) for name, value in model.named_parameters()}
 

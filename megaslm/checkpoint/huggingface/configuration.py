@@ -20,6 +20,7 @@ from megaslm.checkpoint.huggingface.families import (
 from megaslm.checkpoint.huggingface.folder import CONFIG, HuggingFaceFolder
 from megaslm.config import ModelConfig
 from megaslm.errors import UserError
+from megaslm.model import rotary_base
 
 if TYPE_CHECKING:
     from megaslm.checkpoint.opening import ModelSource
@@ -67,9 +68,7 @@ def as_read_back(config: ModelConfig, preferred: str | None = None) -> ModelConf
     if config.position == "learned":
         switches = {key: value for key, value in switches.items() if not key.startswith("rope_")}
     elif config.rope_scaling == "ntk":  # a larger theta
-        rotated = int(config.head_dim * config.rope_fraction)
-        switches["rope_theta"] *= config.rope_scaling_factor ** (rotated / max(rotated - 2, 1))
-        switches |= {"rope_scaling": "none", "rope_scaling_factor": 1.0}
+        switches |= {"rope_theta": rotary_base(config), "rope_scaling": "none", "rope_scaling_factor": 1.0}
     if family_of(config, preferred) == "gpt2":
         switches["bias"] = True  # zeros, where the model has none
     return ModelConfig(**switches)

@@ -26,6 +26,7 @@ from pydantic import ValidationError
 from megaslm.config import ModelConfig
 from megaslm.data import Tokenizer
 from megaslm.errors import UserError
+from megaslm.model import rotary_base
 
 DTYPE_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ACTIVATIONS = {"swiglu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
@@ -277,11 +278,8 @@ def generation_config(tokenizer: Tokenizer | None, origin: Mapping[str, Any] | N
 
 
 def _rotary_keys(name: str, config: ModelConfig) -> dict[str, Any]:
-    theta, scaling = config.rope_theta, None
-    if config.rope_scaling == "ntk":  # has no name in transformers, and needs none
-        rotated = int(config.head_dim * config.rope_fraction)
-        theta *= config.rope_scaling_factor ** (rotated / max(rotated - 2, 1))
-    elif config.rope_scaling != "none":
+    theta, scaling = rotary_base(config), None
+    if config.rope_scaling not in ("none", "ntk"):  # ntk has no name in transformers, and needs none
         scaling = {"rope_type": config.rope_scaling, "factor": config.rope_scaling_factor}
         if config.rope_scaling in ("yarn", "llama3"):
             scaling["original_max_position_embeddings"] = config.rope_original_context

@@ -17,7 +17,7 @@ from megaslm.checkpoint.huggingface.mapping import Group, parameter_groups
 from megaslm.checkpoint.safetensors_file import SafetensorsFile
 from megaslm.config import ModelConfig, read_json_object
 from megaslm.data import Tokenizer, load_tokenizer
-from megaslm.errors import UserError
+from megaslm.errors import UserError, first_line
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -307,7 +307,7 @@ def find_folder(name: str | Path) -> Path:
     try:
         folder = Path(snapshot_download(str(name), allow_patterns=list(HUB_FILES)))
     except Exception as error:  # no network, no such name, no permission: one class each
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error, type(error).__name__)
         raise UserError(
             f"there is no {name} here, and the Hugging Face hub gives no model of that name ({reason})"
         ) from None

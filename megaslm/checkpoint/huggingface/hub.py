@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megaslm.checkpoint.huggingface.folder import INDEX, SINGLE
 from megaslm.data import TOKENIZER_FILES
-from megaslm.errors import UserError
+from megaslm.errors import UserError, first_line
 
 # Of an older export in the repository, what must not stand beside the new one: transformers opens model.safetensors
 # before an index, and any tokenizer file that it finds.
@@ -39,7 +39,8 @@ def sign_in(name: str, private: bool = False) -> str:
             public = False
     except Exception as error:  # a class for each of: no token, a wrong one, no network
         raise UserError(
-            f"can't upload to {name}: {_first_line(error)}; sign in with `hf auth login`, or leave --push_to_hub out"
+            f"can't upload to {name}: {first_line(error, type(error).__name__)}; sign in with `hf auth login`, or "
+            "leave --push_to_hub out"
         ) from None
     if private and public:
         raise UserError(
@@ -75,12 +76,7 @@ def push_export(folder: str | Path, name: str, private: bool = False) -> str:
     except Exception as error:
         deleted = " ".join(f"--delete '{pattern}'" for pattern in REPLACED[:3])
         raise UserError(
-            f"the upload to {name} failed: {_first_line(error)}; the export is in {folder}, and "
+            f"the upload to {name} failed: {first_line(error, type(error).__name__)}; the export is in {folder}, and "
             f"`hf upload {name} {folder} . {deleted}` uploads it"
         ) from None
     return str(address)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -4,10 +4,9 @@ import torch
 from torch import nn
 
 from megaslm.checkpoint.huggingface.families import family_of, hf_config
+from megaslm.checkpoint.huggingface.folder import HEADS
 from megaslm.checkpoint.huggingface.mapping import parameter_groups
 from megaslm.model import LanguageModel
-
-RENAMED = {"embed_out.weight": "lm_head.weight"}
 
 
 @torch.no_grad()
@@ -30,11 +29,11 @@ def as_transformers(model: LanguageModel) -> nn.Module:
         else:
             state |= dict(zip(group.theirs, group.split(ours[group.ours]), strict=True))
     names = theirs.state_dict().keys()
-    # The head of gpt_neox has another name in files, and in the network of transformers 4.
-    state = {RENAMED.get(name, name) if name not in names else name: tensor for name, tensor in state.items()}
+    head = next(name for name in HEADS if name in names)
+    state = {head if name in HEADS else name: tensor for name, tensor in state.items()}
     missing, unexpected = theirs.load_state_dict(state, strict=False)
     # transformers lists a tied head as missing, or not, by version; it takes the embedding's weight.
-    tied = {"lm_head.weight", "embed_out.weight"} if model.config.tie_embeddings else set()
+    tied = set(HEADS) if model.config.tie_embeddings else set()
     assert set(missing) <= tied and not unexpected, (missing, unexpected)
     theirs.tie_weights()
     return theirs.eval()

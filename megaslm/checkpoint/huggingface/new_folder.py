@@ -15,12 +15,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megaslm.checkpoint.folder import NO_ROOM
 from megaslm.checkpoint.huggingface.record import EXPORT_RECORD, read_record
 from megaslm.errors import UserError
 from megaslm.files import sole_writer, sync_folder
 
 MARK = "megaslm_export_in_progress"
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_NAMES = 3  # that a message lists
 
 
