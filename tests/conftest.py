@@ -18,6 +18,10 @@ import pytest
 
 from megaslm.commands import mute_native_exit
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from zygote import Zygote  # noqa: E402
+
 # Threads that wait must not spin: the machine may have few cores. Read once, when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -35,14 +39,26 @@ PORTS = itertools.count(random.SystemRandom().randrange(12_000, 30_000))
 MEASURED = ("tokens_per_s", "ms_per_step", "tflops", "tflops_causal", "memory_bytes", "seconds")
 
 
-# Of the folders, those with the longest tests: side by side, the longest must not come last.
-LONGEST_FIRST = ("training", "launch", "checkpoint", "kernels")
+# Files that take half a minute of a core or more, the longest first: run side by side, they must not come last.
+LONGEST_FIRST = (
+    "launch/test_kills.py",
+    "launch/test_stopping.py",
+    "training/test_change_of_layout.py",
+    "kernels/test_compiled.py",
+    "kernels/test_interpreted.py",
+    "training/test_layouts.py",
+    "training/test_resume.py",
+    "checkpoint/test_engine_parity.py",
+    "launch/test_ds_configs.py",
+    "launch/test_pretrain.py",
+    "tools/test_benchmark_kernels.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
-        folder = item.path.relative_to(ROOT / "tests").parts[0]
-        return LONGEST_FIRST.index(folder) if folder in LONGEST_FIRST else len(LONGEST_FIRST)
+        file = item.path.relative_to(ROOT / "tests").as_posix()
+        return LONGEST_FIRST.index(file) if file in LONGEST_FIRST else len(LONGEST_FIRST)
 
     items.sort(key=place)
 
@@ -156,7 +172,7 @@ def command(ranks, monkeypatch, capfd):
 
     def run(*arguments) -> Finished:
         monkeypatch.setattr(sys, "argv", [str(PRETRAIN), *map(str, arguments)])
-        monkeypatch.setattr(megaslm.training.run, "init_distributed", lambda: ranks)
+        monkeypatch.setattr(megaslm.training.run, "init_distributed", lambda tensor_parallel_size: ranks)
         monkeypatch.setattr(megaslm.training.report, "write_curves", lambda run_dir: None)  # longer than a tiny run
         monkeypatch.setattr(os, "_exit", sys.exit)  # how a command leaves when other ranks may wait for it
         capfd.readouterr()
@@ -266,13 +282,34 @@ def pretrain(start):
 
 
 @pytest.fixture(scope="session")
-def pretrain_in_turn(pretrain, tmp_path_factory):
+def fork_ranks(environment, tmp_path_factory):
+    """fork_ranks(script, arguments, world_size) -> Finished: `script` as `world_size` ranks, see zygote.py.
+
+    world_size None: one process without a launcher. `env`: on top of `environment`, there from the first import on.
+    A rank that fails ends the others, and its exit code is that of all. Their folder is a new one.
+    """
+    zygotes: dict[tuple, Zygote] = {}
+
+    def run(script, arguments, world_size: int | None, *, timeout: float = 240, env: dict | None = None) -> Finished:
+        key = tuple(sorted((env or {}).items()))
+        folder = tmp_path_factory.mktemp("ranks")
+        if key not in zygotes or not zygotes[key].is_open:
+            zygotes[key] = Zygote(environment | dict(key), folder / "zygote.log")
+        return Finished(*zygotes[key].fork(world_size, free_port(), Path(script), arguments, folder, timeout))
+
+    yield run
+    for zygote in zygotes.values():
+        zygote.close()
+
+
+@pytest.fixture(scope="session")
+def pretrain_in_turn(fork_ranks, tmp_path_factory):
     """pretrain_in_turn(commands, ranks): one start of the ranks for several commands, see several_commands.py."""
 
-    def run(commands: list[dict], ranks: int | None, launcher: str = "torchrun", **options) -> Finished:
+    def run(commands: list[dict], ranks: int | None, **options) -> Finished:
         path = tmp_path_factory.mktemp("commands") / "commands.json"
         path.write_text(json.dumps(commands, default=str))
-        finished = pretrain(path, ranks=ranks, launcher=launcher, script=SEVERAL_COMMANDS, **options)
+        finished = fork_ranks(SEVERAL_COMMANDS, [path], ranks, **options)
         assert finished.code == 0, f"{finished.out}\n{finished.err}"
         return finished
 

@@ -51,8 +51,7 @@ except BackendUnavailable as error:
 """
 
 
-@pytest.mark.parametrize("command", [("-c", WITHOUT_TRITON)], ids=["blocked"])
-def test_without_triton_the_package_imports_and_serves_the_reference(processes, command):
-    run = processes(command)
+def test_without_triton_the_package_imports_and_serves_the_reference(python):
+    run = python("-c", WITHOUT_TRITON)
     assert run.returncode == 0, run.stderr
     assert "[[1.0, 1.0, 1.0, 1.0]]" in run.stdout and "triton is not installed" in run.stdout

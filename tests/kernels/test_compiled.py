@@ -26,10 +26,16 @@ WARP_OF_WIDE_LOADS = 32 * 8
 OPS = ("rms_norm", "add_rms_norm", "swiglu", "rotary", "qk_norm_rotary", "cross_entropy", "linear_cross_entropy")
 
 
-def machines(run) -> list[dict]:
-    """The figures that a script printed, one kernel a line."""
-    assert run.returncode == 0, run.stdout + run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+@pytest.fixture
+def machines(fork_ranks):
+    """machines(script, argument, ...) -> the figures that it printed, one kernel a line."""
+
+    def run(script: str, *arguments) -> list[dict]:
+        finished = fork_ranks(FOLDER / script, arguments, None)
+        assert finished.code == 0, finished.out + finished.err
+        return [json.loads(line) for line in finished.out.splitlines()]
+
+    return run
 
 
 def faults(machine: dict) -> list[str]:
@@ -54,9 +60,9 @@ def faults(machine: dict) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("command", [(str(FOLDER / "compile_presets.py"), op) for op in OPS], ids=OPS)
-def test_kernels_at_the_shapes_of_the_presets(processes, command):
-    kernels, op = machines(processes(command)), command[-1]
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_at_the_shapes_of_the_presets(machines, op):
+    kernels = machines("compile_presets.py", op)
     assert {"forward", "backward"} <= {kernel["direction"] for kernel in kernels} or op == "linear_cross_entropy"
     wrong = [
         f"{op} {kernel['name']} ({kernel['direction']}) at {tuple(kernel['shape'])}: {fault}"
@@ -66,9 +72,8 @@ def test_kernels_at_the_shapes_of_the_presets(processes, command):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("command", [(str(FOLDER / "broken_kernels.py"),)], ids=["broken"])
-def test_each_rule_finds_a_kernel_that_breaks_it(processes, command):
-    found = {kernel["name"]: faults(kernel) for kernel in machines(processes(command))}
+def test_each_rule_finds_a_kernel_that_breaks_it(machines):
+    found = {kernel["name"]: faults(kernel) for kernel in machines("broken_kernels.py")}
     assert found.pop("nothing") == []
     assert len(found) == 5
     for rule, broken in found.items():

@@ -28,9 +28,8 @@ BOUNDS = {
 
 
 @pytest.mark.alone
-@pytest.mark.parametrize("command", [(str(Path(__file__).with_name("host_cost.py")),)], ids=["eager"])
-def test_host_microseconds_per_call(processes, command):
-    run = processes(command)
+def test_host_microseconds_per_call(python):
+    run = python(Path(__file__).with_name("host_cost.py"))
     assert run.returncode == 0, run.stderr
     costs = [json.loads(line) for line in run.stdout.splitlines()]
     assert {(cost["op"], cost["direction"]) for cost in costs} == set(BOUNDS)

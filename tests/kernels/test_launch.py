@@ -7,7 +7,6 @@ import pytest
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 
 
-@pytest.mark.parametrize("command", [(str(Path(__file__).with_name("launch_keys.py")),)], ids=["keys"])
-def test_what_is_compiled_anew(processes, command):
-    run = processes(command)
-    assert run.returncode == 0, run.stdout + run.stderr
+def test_what_is_compiled_anew(fork_ranks):
+    run = fork_ranks(Path(__file__).with_name("launch_keys.py"), [], None)
+    assert run.code == 0, run.out + run.err

@@ -1,8 +1,12 @@
-"""launch/pretrain.py on a disk that is full while one rank saves certain steps: FULL_DISK="RANK STEP STEP ..."."""
+"""launch/pretrain.py on a disk that is full while one rank saves certain steps.
+
+full_disk_worker.py RANK,STEP,STEP... [arguments of launch/pretrain.py]
+"""
 
 import errno
 import os
 import runpy
+import sys
 from pathlib import Path
 
 from megaslm.checkpoint import checkpoint_name, folder
@@ -12,7 +16,7 @@ PRETRAIN = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
 
 
 def main() -> None:
-    rank, *steps = map(int, os.environ["FULL_DISK"].split())
+    rank, *steps = map(int, sys.argv.pop(1).split(","))
     names = tuple(f".{checkpoint_name(step)}." for step in steps)
     write_safetensors = folder.write_safetensors
 

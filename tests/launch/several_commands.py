@@ -1,13 +1,12 @@
-"""One rank that runs launch/pretrain.py several times: starting Python and DeepSpeed takes longer than a tiny run.
+"""One rank that runs launch/pretrain.py several times: starting the ranks takes longer than a tiny run.
 
-    deepspeed several_commands.py COMMANDS.json
+    several_commands.py COMMANDS.json
 
 COMMANDS.json: [{"arguments": [...], "signal": [name, step, rank], "save_restored": folder}, ...]; the signal, if any,
 reaches that rank while it works on that step. With `save_restored`, the engine's state right after the restore, before
 any step, is saved once more, to that folder.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -70,12 +69,10 @@ def saving_what_is_restored(directory: str | None) -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("commands", type=Path)
-    parser.add_argument("--local_rank", type=int)
+    commands = json.loads(Path(sys.argv[1]).read_text())
     report.write_curves = lambda run_dir: None  # takes longer than a tiny run
     ranks = init_distributed()  # once: train() leaves a group alone that it finds
-    for command in json.loads(parser.parse_args().commands.read_text()):
+    for command in commands:
         with saving_what_is_restored(command.get("save_restored")):
             run(command["arguments"], ranks.rank, command.get("signal"))
     destroy_process_group()

@@ -14,14 +14,14 @@ COMPILERS = ("cc", "gcc", "g++", "c++", "clang", "clang++", "nvcc", "icpx", "nin
 
 @pytest.fixture(scope="module")
 def runs(preset, pretrain_in_turn, without_compiler, tmp_path_factory):
-    """Run folders by (file, precision), and how the command ended; one start of `deepspeed` for all."""
+    """Run folders by (file, precision), and how the command ended; one start of two ranks for all."""
     assert [name for name in COMPILERS if shutil.which(name, path=without_compiler["PATH"])] == []
     folders = {case: tmp_path_factory.mktemp("engine") / "run" for case in CASES}
     commands = []
     for (name, precision), folder in folders.items():
         engine = ["--ds_config", ROOT / "ds_configs" / f"{name}.json", f"train.precision={precision}"]
         commands.append({"arguments": ["--preset", preset, *engine, "--run_dir", folder]})
-    finished = pretrain_in_turn(commands, 2, launcher="deepspeed", env=without_compiler)
+    finished = pretrain_in_turn(commands, 2, env=without_compiler)
     return folders, finished
 
 

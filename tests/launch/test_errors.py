@@ -14,6 +14,7 @@ from megaslm.data import ascii_tokenizer, build_token_file, character_tokenizer,
 from megaslm.data.sources import TextSource
 
 ROOT = Path(__file__).resolve().parents[2]
+PRETRAIN = ROOT / "launch" / "pretrain.py"
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -106,9 +107,9 @@ def test_an_unknown_vocabulary(command, preset, bare, tmp_path):
     assert "tokenizer.path=" in message and "model.vocab_size=" in message
 
 
-def test_batch_sizes_that_do_not_multiply_out(pretrain, preset, tmp_path):
+def test_batch_sizes_that_do_not_multiply_out(fork_ranks, preset, tmp_path):
     batch = ["train.global_batch_size=3", "--run_dir", tmp_path / "run"]
-    message = pretrain("--preset", preset, *batch, ranks=2).message()
+    message = fork_ranks(PRETRAIN, ["--preset", preset, *batch], 2).message()
     assert "train.global_batch_size 3" in message and "2 data-parallel ranks" in message and "2 and 4" in message
     assert not (tmp_path / "run").exists()
 
@@ -145,11 +146,11 @@ def test_an_optional_package_that_is_not_installed(command, preset, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished(preset, pretrain, tmp_path_factory) -> Path:
+def finished(preset, pretrain_in_turn, tmp_path_factory) -> Path:
     """Run folder with checkpoints of steps 5 and 10, its end."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     arguments = ["--preset", preset, "--run_dir", folder, "train.max_steps=10", "checkpoint.interval=5"]
-    assert pretrain(*arguments).code == 0
+    pretrain_in_turn([{"arguments": arguments}], None)
     return folder
 
 
@@ -320,7 +321,7 @@ def test_a_run_folder_that_cannot_be_written(command, preset, tmp_path):
     assert f"{tmp_path}/file/run" in message and "--run_dir" in message
 
 
-def test_a_full_disk_while_saving_loses_nothing(pretrain, metrics, folder, go_on):
+def test_a_full_disk_while_saving_loses_nothing(pretrain, command, metrics, folder, go_on):
     """A limit on the size of files stands for the disk: the log fits, a checkpoint does not."""
     limit = 60_000
     weights = folder / "checkpoints" / "step_00000010" / "weights_00000.safetensors"
@@ -336,7 +337,7 @@ def test_a_full_disk_while_saving_loses_nothing(pretrain, metrics, folder, go_on
     assert "run the same command again" in message
     assert contents(folder / "checkpoints") == before
 
-    again = pretrain(*go_on)
+    again = command(*go_on)
     assert again.code == 0, again.err
     assert [record["step"] for record in metrics(folder)] == list(range(1, 13))
     assert json.loads((folder / "summary.json").read_text())["steps"] == 12

@@ -11,11 +11,11 @@ from megaslm.data import TextSource, build_token_file, character_tokenizer
 
 
 @pytest.fixture(scope="module")
-def source(preset, pretrain, tmp_path_factory):
+def source(preset, pretrain_in_turn, tmp_path_factory):
     """Run folder with checkpoints of steps 5 and 10."""
     folder = tmp_path_factory.mktemp("source") / "run"
-    finished = pretrain("--preset", preset, "--run_dir", folder, "train.max_steps=10", "checkpoint.interval=5")
-    assert finished.code == 0, finished.err
+    arguments = ["--preset", preset, "--run_dir", folder, "train.max_steps=10", "checkpoint.interval=5"]
+    pretrain_in_turn([{"arguments": arguments}], None)
     return folder
 
 

@@ -380,16 +380,15 @@ def two_ranks(preset) -> list:
 
 
 @pytest.fixture(scope="module")
-def two_ranks_whole(two_ranks, pretrain, tmp_path_factory) -> Path:
+def two_ranks_whole(two_ranks, pretrain_in_turn, tmp_path_factory) -> Path:
     """Folder of that run, not interrupted."""
     folder = tmp_path_factory.mktemp("two_ranks") / "whole"
-    finished = pretrain(*two_ranks, folder, ranks=2, launcher="torchrun")  # starts in half the time
-    assert finished.code == 0, finished.err
+    pretrain_in_turn([{"arguments": [*two_ranks, folder]}], 2)
     return folder
 
 
 def test_two_ranks_killed_in_part_or_together_continue_bit_for_bit(
-    two_ranks, two_ranks_whole, start, pretrain, numbers, tmp_path
+    two_ranks, two_ranks_whole, start, pretrain_in_turn, numbers, tmp_path
 ):
     rng = random.Random(0)
     folder, log = tmp_path / "run", []
@@ -401,8 +400,7 @@ def test_two_ranks_killed_in_part_or_together_continue_bit_for_bit(
         assert ("stopped by launcher gone at step" in out) == (who == "launcher"), "\n".join(log)
         assert f"step {STEPS}/" not in out, "\n".join(log)
         assert unsound(folder / "checkpoints") == [], "\n".join(log)
-    finished = pretrain(*two_ranks, folder, ranks=2, launcher="torchrun")
-    assert finished.code == 0 and "continuing from" in finished.out, finished.out + finished.err
+    assert "continuing from" in pretrain_in_turn([{"arguments": [*two_ranks, folder]}], 2).out
     assert numbers(folder) == numbers(two_ranks_whole), "\n".join(log)
     whole, cut = (tensors(path / "checkpoints") for path in (two_ranks_whole, folder))
     assert cut[f"step_{STEPS:08d}"] == whole[f"step_{STEPS:08d}"]
@@ -436,11 +434,11 @@ def test_a_save_that_fails_on_the_way_is_said_and_changes_nothing_else(command, 
     assert numbers(tmp_path / "full") == numbers(tmp_path / "whole")
 
 
-def test_one_rank_of_two_that_cannot_save(two_ranks, two_ranks_whole, pretrain, numbers, tmp_path):
+def test_one_rank_of_two_that_cannot_save(two_ranks, two_ranks_whole, fork_ranks, numbers, tmp_path):
     """On the way the run goes on; at its end it says so, once, and leaves with an exit code."""
     steps = ["train.max_steps=9", f"schedule.horizon_steps={STEPS}"]  # the first nine of the other run
-    worker, full = WORKER.with_name("full_disk_worker.py"), {"FULL_DISK": "1 6 9"}
-    finished = pretrain(*two_ranks, tmp_path / "run", *steps, ranks=2, script=worker, env=full)
+    worker = WORKER.with_name("full_disk_worker.py")
+    finished = fork_ranks(worker, ["1,6,9", *two_ranks, tmp_path / "run", *steps], 2)
     message = finished.message()
     assert "could not save the checkpoint of step 9 in" in message and "on rank 1" in message
     assert "the last sound checkpoint is step_00000003" in message and "run the same command again" in message

@@ -153,11 +153,11 @@ def test_print_config_resolves_and_stops(pretrain, preset, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_list_presets_and_help_config(pretrain):
-    listed = pretrain("--list_presets")
+def test_list_presets_and_help_config(command):
+    listed = command("--list_presets")
     assert listed.code == 0
     assert [name for name in list_presets() if name not in listed.out] == []
-    manual = pretrain("--help_config")
+    manual = command("--help_config")
     assert manual.code == 0
     assert "train.max_steps: a whole number >= 1, or null (default null)" in manual.out
     assert "Stop after this many optimizer steps" in manual.out

@@ -7,18 +7,17 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+PRETRAIN = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
 
-def test_an_id_over_the_vocabulary_in_one_ranks_samples(pretrain, preset, corpus, tmp_path):
+
+def test_an_id_over_the_vocabulary_in_one_ranks_samples(fork_ranks, preset, corpus, tmp_path):
     """Without a manifest, ids are checked batch by batch: the id may turn up on either rank."""
     tokens = np.fromfile(f"{corpus.prefix}.bin", np.uint16)
     tokens[::301] = 60_000  # some windows of every step have one, others have none
     tokens.tofile(tmp_path / "bad.bin")
     shutil.copy(f"{corpus.prefix}.idx", tmp_path / "bad.idx")
-    finished = pretrain(
-        *("--preset", preset, "--run_dir", tmp_path / "run", f"data.train={tmp_path / 'bad'}", "data.split=98,2"),
-        *("train.micro_batch_size=4", "eval.max_sequences=1"),
-        ranks=2,
-    )
+    run = ["--preset", preset, "--run_dir", tmp_path / "run", f"data.train={tmp_path / 'bad'}", "data.split=98,2"]
+    finished = fork_ranks(PRETRAIN, [*run, "train.micro_batch_size=4", "eval.max_sequences=1"], 2)
     assert finished.code == 2
     assert "Traceback" not in finished.err
     assert "error: " in finished.err and "60000" in finished.err and "bad" in finished.err
@@ -36,10 +35,10 @@ def test_a_lost_rank_is_said_in_a_line(start, preset, tmp_path):
     assert "Traceback" not in err, err
 
 
-def test_a_run_folder_in_use_is_refused(start, pretrain, preset, tmp_path):
+def test_a_run_folder_in_use_is_refused(start, command, preset, tmp_path):
     first = start("--preset", preset, "--run_dir", tmp_path / "run", "train.max_steps=100000")
     _lines_until(first, "step ")
-    message = pretrain("--preset", preset, "--run_dir", tmp_path / "run").message()
+    message = command("--preset", preset, "--run_dir", tmp_path / "run").message()
     assert "in use by another run" in message and str(first.pid) in message
     first.terminate()
     out, err = first.communicate(timeout=60)

@@ -54,7 +54,7 @@ def arguments(preset):
 
 @pytest.fixture(scope="module")
 def two_ranks(arguments, start, pretrain_in_turn, tmp_path_factory):
-    """Folders of the same run on two ranks under `deepspeed` (ZeRO 2): not stopped, terminated, interrupted."""
+    """Folders of the same run on two ranks (ZeRO 2): not stopped; under `deepspeed` terminated, and interrupted."""
     base = tmp_path_factory.mktemp("stopping")
     whole, terminated, interrupted = (base / name for name in ("whole", "terminated", "interrupted"))
     command = ["--ds_config", ROOT / "ds_configs" / "zero2.json", *arguments]
@@ -68,7 +68,7 @@ def two_ranks(arguments, start, pretrain_in_turn, tmp_path_factory):
     stops[interrupted] = stop_when_seen(process, lambda _: os.killpg(process.pid, signal.SIGINT))
 
     folders = (terminated, interrupted, whole)
-    pretrain_in_turn([{"arguments": [*command, folder]} for folder in folders], 2, launcher="deepspeed")
+    pretrain_in_turn([{"arguments": [*command, folder]} for folder in folders], 2)
     return whole, stops
 
 

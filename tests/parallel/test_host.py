@@ -22,7 +22,7 @@ def test_what_is_raised_is_raised_again():
         host.on_first(fail)
 
 
-def test_two_ranks_agree_on_the_failure_of_one(pretrain, tmp_path):
+def test_two_ranks_agree_on_the_failure_of_one(fork_ranks, tmp_path):
     """Rank 1 fails alone; both raise its message and neither waits for the other."""
     script = tmp_path / "agree.py"
     script.write_text(
@@ -39,7 +39,7 @@ def test_two_ranks_agree_on_the_failure_of_one(pretrain, tmp_path):
         f"open(r'{tmp_path}/' + str(host.rank()), 'w').write(repr(heard))\n"
         "dist.destroy_process_group()\n"
     )
-    finished = pretrain(script=script, ranks=2, launcher="torchrun")
+    finished = fork_ranks(script, [], 2)
     assert finished.code == 0, finished.err
     for rank in (0, 1):
         heard = [rank, "only rank 1 can not see the file", "from 0", [0, 1]]
