@@ -15,7 +15,12 @@ from megaslm_kernels.cross_entropy import (
     shard_statistics,
     shard_statistics_reference,
 )
-from megaslm_kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from megaslm_kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    sharded_linear_cross_entropy,
+    sharded_linear_cross_entropy_reference,
+)
 from megaslm_kernels.qk_norm_rotary import qk_norm_rotary, qk_norm_rotary_reference
 from megaslm_kernels.rms_norm import rms_norm, rms_norm_reference
 from megaslm_kernels.rotary import rotary, rotary_reference
@@ -39,6 +44,7 @@ class Ops:
     they stand inside that loss's own op."""
     shard_gradient_: Callable
     linear_cross_entropy: Callable
+    sharded_linear_cross_entropy: Callable
 
 
 REFERENCE = Ops(
@@ -52,6 +58,7 @@ REFERENCE = Ops(
     shard_statistics_reference,
     shard_gradient_reference_,
     linear_cross_entropy_reference,
+    sharded_linear_cross_entropy_reference,
 )
 """PyTorch's own operations, on any device."""
 
@@ -66,6 +73,7 @@ TRITON = Ops(
     shard_statistics,
     shard_gradient_,
     linear_cross_entropy,
+    sharded_linear_cross_entropy,
 )
 """Our fused kernels, on CUDA devices (or, under TRITON_INTERPRET=1, on CPU tensors)."""
 

@@ -11,6 +11,9 @@ weight's gradient is summed over chunks in fp32, 8 E V bytes a chunk: a bf16 sum
 divergence in other implementations). That, and the products' efficiency, asks for large chunks: with the 5,336 rows
 that the budget allows at V = 50304 the sum takes 5 % of the products' time, where these do not hide it. A single chunk
 needs no such buffer.
+
+Where the vocabulary lies in shards, their statistics, 12 bytes a row, are gathered between a chunk's product and its
+gradient (see cross_entropy.py), and the logits are read once more.
 """
 
 from collections.abc import Callable
@@ -18,8 +21,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megaslm_kernels.cross_entropy import IGNORE_INDEX, loss_and_gradient_
-from megaslm_kernels.registration import register, upcast
+from megaslm_kernels.cross_entropy import (
+    IGNORE_INDEX,
+    loss_and_gradient_,
+    shard_gradient_,
+    shard_gradient_reference_,
+    shard_statistics,
+    shard_statistics_reference,
+)
+from megaslm_kernels.registration import eager, register, upcast
 
 CHUNK_BYTES = 512 * 2**20
 """Budget for the logits of one chunk."""
@@ -67,7 +77,46 @@ def linear_cross_entropy(
     return _call(_fused, hidden, weight, targets, vocab_size, z_loss, chunk_bytes)
 
 
-def _call(op, hidden, weight, targets, vocab_size, z_loss, chunk_bytes):
+def sharded_linear_cross_entropy_reference(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    first: int,
+    vocab_size: int,
+    z_loss: float = 0.0,
+    chunk_bytes: int | None = REFERENCE_CHUNK_BYTES,
+    *,
+    gather: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy_reference` of a vocabulary that is cut into equal shards, on every holder of one: the same
+    sums, the gradient of its own `weight`, and of `hidden` the part that its logits give, to be summed over all.
+
+    weight: [V, E], rows first .. first + V of the whole matrix, of which those from `vocab_size` on are padding.
+    targets: [N], ids of the whole vocabulary.
+    gather: statistics of a chunk's n rows, [3, n] fp32, to those of all shards, [shards, 3, n]. It is called once a
+        chunk; all holders have as many, since they have equal rows and equal shards. Not for torch.compile.
+    """
+    loss = _sharded_with(shard_statistics_reference, shard_gradient_reference_, first, gather)
+    return _call(_sharded, hidden, weight, targets, vocab_size, z_loss, chunk_bytes, loss)
+
+
+def sharded_linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    first: int,
+    vocab_size: int,
+    z_loss: float = 0.0,
+    chunk_bytes: int | None = None,
+    *,
+    gather: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """`sharded_linear_cross_entropy_reference` with the statistics and the logits' gradient in Triton."""
+    loss = _sharded_with(shard_statistics, shard_gradient_, first, gather)
+    return _call(_sharded, hidden, weight, targets, vocab_size, z_loss, chunk_bytes, loss)
+
+
+def _call(op, hidden, weight, targets, vocab_size, z_loss, chunk_bytes, *loss_and_gradient):
     if hidden.dtype != weight.dtype or hidden.size(1) != weight.size(1) or targets.shape != hidden.shape[:1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, {hidden.dtype}, weight {tuple(weight.shape)}, {weight.dtype}, "
@@ -75,7 +124,7 @@ def _call(op, hidden, weight, targets, vocab_size, z_loss, chunk_bytes):
         )
     vocab_size = weight.size(0) if vocab_size is None else vocab_size
     wanted = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
-    return op(hidden, weight, targets.contiguous(), vocab_size, z_loss, chunk_bytes, *wanted)[:2]
+    return op(hidden, weight, targets.contiguous(), vocab_size, z_loss, chunk_bytes, *wanted, *loss_and_gradient)[:2]
 
 
 def chunk_limit(row_bytes: int, chunk_bytes: int | None) -> int:
@@ -117,35 +166,43 @@ def _fake(
     )
 
 
+def _forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, z_loss: float, chunk_bytes: int | None,
+    want_hidden: bool, want_weight: bool, loss_and_gradient: Callable,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `_fake` describes, by `loss_and_gradient`, which has the interface of `cross_entropy.loss_and_gradient_`."""
+    objective, cross_entropy, grad_hidden, grad_weight = _fake(
+        hidden, weight, targets, vocab_size, z_loss, chunk_bytes, want_hidden, want_weight
+    )
+    count, v = hidden.size(0), weight.size(0)
+    rows = chunk_rows(count, chunk_limit(v * weight.element_size(), chunk_bytes))
+    logits = hidden.new_empty(min(rows, count), v)
+    losses, logsumexp = objective.new_empty(2, count).unbind()
+    scale = gradient_scale(hidden.dtype) if want_hidden or want_weight else 0.0
+    for start in range(0, max(1, count), rows):  # no rows at all: the weight's gradient is still to be written
+        chunk = slice(start, start + rows)
+        hidden_chunk = hidden[chunk]
+        chunk_logits = torch.mm(hidden_chunk, weight.T, out=logits[: hidden_chunk.size(0)])
+        loss_and_gradient(chunk_logits, targets[chunk], vocab_size, z_loss, losses[chunk], logsumexp[chunk], scale)
+        if want_hidden:
+            torch.mm(chunk_logits, weight, out=grad_hidden[chunk])
+        if want_weight:
+            _add_product_(grad_weight, chunk_logits.T, hidden_chunk, start > 0)
+    torch.sum(losses, dim=0, out=objective)
+    if z_loss:
+        losses -= (z_loss * logsumexp.square()).where(targets != IGNORE_INDEX, 0.0)
+    torch.sum(losses, dim=0, out=cross_entropy)
+    return objective, cross_entropy, grad_hidden, grad_weight
+
+
 def _forward_with(loss_and_gradient: Callable) -> Callable:
     def forward(
         hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, z_loss: float, chunk_bytes: int | None,
         want_hidden: bool, want_weight: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        objective, cross_entropy, grad_hidden, grad_weight = _fake(
-            hidden, weight, targets, vocab_size, z_loss, chunk_bytes, want_hidden, want_weight
+        return _forward(
+            hidden, weight, targets, vocab_size, z_loss, chunk_bytes, want_hidden, want_weight, loss_and_gradient
         )
-        count, v = hidden.size(0), weight.size(0)
-        rows = chunk_rows(count, chunk_limit(v * weight.element_size(), chunk_bytes))
-        logits = hidden.new_empty(min(rows, count), v)
-        losses, logsumexp = objective.new_empty(2, count).unbind()
-        scale = gradient_scale(hidden.dtype) if want_hidden or want_weight else 0.0
-        for start in range(0, max(1, count), rows):  # no rows at all: the weight's gradient is still to be written
-            chunk = slice(start, start + rows)
-            hidden_chunk = hidden[chunk]
-            chunk_logits = torch.mm(hidden_chunk, weight.T, out=logits[: hidden_chunk.size(0)])
-            loss_and_gradient(
-                chunk_logits, targets[chunk], vocab_size, z_loss, losses[chunk], logsumexp[chunk], scale
-            )  # fmt: skip
-            if want_hidden:
-                torch.mm(chunk_logits, weight, out=grad_hidden[chunk])
-            if want_weight:
-                _add_product_(grad_weight, chunk_logits.T, hidden_chunk, start > 0)
-        torch.sum(losses, dim=0, out=objective)
-        if z_loss:
-            losses -= (z_loss * logsumexp.square()).where(targets != IGNORE_INDEX, 0.0)
-        torch.sum(losses, dim=0, out=cross_entropy)
-        return objective, cross_entropy, grad_hidden, grad_weight
 
     return forward
 
@@ -166,6 +223,28 @@ def _loss_and_gradient_formula_(
         grad = log_probs.exp_().mul_(ones * (1 + 2 * z_loss * logsumexp.unsqueeze(1))).scatter_add_(1, index, -ones)
         logits[:, :vocab_size] = grad
         logits[:, vocab_size:] = 0.0
+
+
+def _sharded_with(statistics: Callable, gradient_: Callable, first: int, gather: Callable) -> Callable:
+    """`loss_and_gradient_` of rows whose logits lie in several shards."""
+
+    def loss_and_gradient(
+        logits: Tensor, targets: Tensor, vocab_size: int, z_loss: float, losses: Tensor, logsumexp: Tensor, scale: float
+    ) -> None:
+        shards = gather(torch.stack(statistics(logits, targets, first, vocab_size)))
+        maxima, totals, target_logits = shards.unbind(dim=1)  # [shards, n] each
+        maximum = maxima.amax(dim=0)
+        log_total = (totals * (maxima - maximum).exp()).sum(dim=0).log()
+        torch.add(maximum, log_total, out=logsumexp)
+        x_target = target_logits.sum(dim=0)
+        row_losses = log_total + (maximum - x_target) + z_loss * logsumexp.square()  # lse - x_target would cancel
+        row_losses = row_losses.where((targets >= 0) & (targets < vocab_size), torch.nan)
+        losses.copy_(row_losses.where(targets != IGNORE_INDEX, 0.0))
+        if scale:
+            upstream = logsumexp.new_full((), scale).expand_as(losses)
+            gradient_(logits, targets, first, vocab_size, logsumexp, upstream, z_loss)
+
+    return loss_and_gradient
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
@@ -192,7 +271,7 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, backward, dobjective, *_):
     """Upstream gradient times the gradients, multiplied in fp32 and rounded once."""
     if dobjective is None:
-        return (None,) * 8
+        return (None,) * len(ctx.needs_input_grad)
     # Of one dimension, since a scalar would first be rounded to the gradients' type.
     dobjective = dobjective.reshape(1)
     if ctx.scale != 1.0:
@@ -201,7 +280,7 @@ def _gradients(ctx, backward, dobjective, *_):
         torch.mul(gradient, dobjective, out=torch.empty_like(gradient, dtype=ctx.dtype)) if wanted else None
         for gradient, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
     ]
-    return *scaled, *(None,) * 6
+    return *scaled, *(None,) * (len(ctx.needs_input_grad) - 2)
 
 
 _fused, _reference = (
@@ -211,3 +290,4 @@ _fused, _reference = (
         ("linear_cross_entropy_reference", _forward_with(_loss_and_gradient_formula_)),
     )
 )
+_sharded = eager("sharded_linear_cross_entropy", _forward, None, _save, _gradients)

@@ -39,6 +39,17 @@ def register(
         lambda ctx, *output_gradients: gradients(ctx, registered_backward, *output_gradients), setup_context=save
     )
 
+    in_eager_mode = eager(name, forward, backward, save, gradients)
+
+    def op(*inputs):
+        return registered(*inputs) if torch.compiler.is_compiling() else in_eager_mode(*inputs)
+
+    return op
+
+
+def eager(name: str, forward: Callable, backward: Callable | None, save: Callable, gradients: Callable) -> Callable:
+    """`register` without the registered op: for arguments of any kind, and not for torch.compile."""
+
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *inputs):
@@ -52,15 +63,7 @@ def register(
             return gradients(ctx, backward, *output_gradients)
 
     Eager.__name__ = Eager.__qualname__ = name
-
-    def op(*inputs):
-        if torch.compiler.is_compiling():
-            return registered(*inputs)
-        if torch.is_grad_enabled():
-            return Eager.apply(*inputs)
-        return forward(*inputs)
-
-    return op
+    return lambda *inputs: Eager.apply(*inputs) if torch.is_grad_enabled() else forward(*inputs)
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -194,6 +194,7 @@ class Decoder(nn.Module):
         learned = config.position == "learned"
         self.position_embedding = empty_embedding(config.context_length, config.hidden_size) if learned else None
         self.rotary_table = None if learned else RotaryTable(config)
+        self.stream = nn.Identity()  # what enters the first block passes it: an outer layer may take its place
         self.blocks = nn.ModuleList(Block(config, ops) for _ in range(config.num_layers))
         self.norm = build_norm(config, ops)
 
@@ -223,7 +224,7 @@ class Decoder(nn.Module):
             x_BSE = x_BSE + self.position_embedding(torch.arange(start, start + length, device=tokens_BS.device))
         else:
             x_BSE = x_BSE + self.position_embedding(positions_BS)
-        branch_BSE = None
+        x_BSE, branch_BSE = self.stream(x_BSE), None
         for i, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:
                 # One tensor is kept for each block, not two terms of a sum.

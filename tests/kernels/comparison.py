@@ -1,6 +1,6 @@
 """An op against its reference: values, gradients, and what must not happen to its arguments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -62,6 +62,39 @@ def assert_as_good_as_torch(
         assert error <= 2 * bound + atol, f"{name}: error {error:.3g}, PyTorch's {bound:.3g}"
         assert name.startswith("output") or value.any(), f"{name} is zero everywhere"
         assert torch.equal(value, again[name]), f"{name} is another one the second time"
+
+
+def loss_of_shards(op: Callable, shards: int) -> Callable:
+    """The vocabulary-parallel loss `op` as one function of the whole weight: objective and cross-entropy.
+
+    Every shard is computed in turn, twice: first to learn its statistics, then with those of all of them. The objective
+    is the first one's, and its gradient the sum of all of theirs, as over ranks.
+    """
+
+    def loss(hidden, weight, targets, vocab_size, z_loss, chunk_bytes):
+        size = weight.size(0) // shards
+        told: list[list[Tensor]] = [[] for _ in range(shards)]
+
+        def listen(shard: int) -> Callable:
+            return lambda statistics: told[shard].append(statistics) or statistics.unsqueeze(0)
+
+        def answer(calls: Iterator) -> Callable:
+            return lambda statistics: torch.stack(next(calls))
+
+        def run(shard: int, gather: Callable) -> tuple[Tensor, Tensor]:
+            part = weight[shard * size : (shard + 1) * size]
+            return op(hidden, part, targets, shard * size, vocab_size, z_loss, chunk_bytes, gather=gather)
+
+        with torch.no_grad():
+            for shard in range(shards):
+                run(shard, listen(shard))
+        results = [run(shard, answer(zip(*told, strict=True))) for shard in range(shards)]
+        for objective, cross_entropy in results:
+            assert torch.equal(objective, results[0][0]) and torch.equal(cross_entropy, results[0][1])
+        gradients = sum(objective - objective.detach() for objective, _ in results)
+        return results[0][0].detach() + gradients, results[0][1]
+
+    return loss
 
 
 def _as_fp64(x: Tensor) -> Tensor:

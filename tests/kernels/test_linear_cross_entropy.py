@@ -1,10 +1,21 @@
 """The chunked loss against PyTorch's: values, gradients, ignored targets, padding, z-loss, chunks of any size."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from megaslm_kernels.cross_entropy import IGNORE_INDEX
-from megaslm_kernels.linear_cross_entropy import chunk_limit, chunk_rows, linear_cross_entropy_reference
+from megaslm_kernels.linear_cross_entropy import (
+    chunk_limit,
+    chunk_rows,
+    linear_cross_entropy_reference,
+    sharded_linear_cross_entropy_reference,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+from comparison import assert_as_good_as_torch, loss_of_shards  # noqa: E402
 
 
 def inputs(rows=37, vocab=50, width=24, dtype=torch.float32, seed=0):
@@ -119,3 +130,42 @@ def test_in_fp16_small_probabilities_have_a_gradient():
     objective, _ = linear_cross_entropy_reference(hidden, weight, torch.tensor([0]))
     (2.0**15 * objective).backward()  # as a loss scale does
     assert weight.grad[1].item() == pytest.approx(2.0**15 * torch.tensor(-17.0).sigmoid().item(), rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize(("shards", "chunk_rows"), [(1, 7), (2, None), (4, 36), (4, 1)])
+def test_shards_of_the_vocabulary_make_up_the_whole(shards, chunk_rows, z_loss, dtype):
+    """Of four, the last is padding altogether and the one before it in part."""
+    hidden, weight, targets = inputs(vocab=48, dtype=dtype)
+    targets = targets.where(targets == IGNORE_INDEX, targets % 30)
+    chunk_bytes = chunk_rows and dtype.itemsize * (48 // shards) * chunk_rows
+
+    def in_shards(hidden, weight):
+        loss = loss_of_shards(sharded_linear_cross_entropy_reference, shards)
+        return loss(hidden, weight, targets, 30, z_loss, chunk_bytes)[0]
+
+    def whole(hidden, weight):
+        logits = (hidden @ weight.T)[:, :30].to(torch.promote_types(hidden.dtype, torch.float32))
+        squares = logits.logsumexp(1).square().where(targets != IGNORE_INDEX, 0.0).sum()
+        return F.cross_entropy(logits, targets, reduction="sum") + z_loss * squares
+
+    assert_as_good_as_torch(in_shards, whole, [hidden.detach(), weight.detach()], atol=1e-5)
+
+
+def test_a_target_that_no_shard_holds_gives_no_number():
+    hidden, weight, targets = inputs()
+    targets[3] = 44
+    loss, _ = sharded_linear_cross_entropy_reference(hidden, weight, targets, 0, 44, gather=lambda one: one[None])
+    assert loss.isnan()
+
+
+def test_shards_without_grad_mode_compute_no_gradient():
+    hidden, weight, targets = inputs()
+    before = hidden.detach().clone(), weight.detach().clone(), targets.clone()
+    with torch.no_grad():
+        objective, _ = sharded_linear_cross_entropy_reference(
+            hidden, weight, targets, 0, 44, gather=lambda one: one[None]
+        )
+    assert not objective.requires_grad
+    assert all(torch.equal(now, then) for now, then in zip((hidden, weight, targets), before, strict=True))

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from comparison import assert_as_good_as_torch, random
+from comparison import assert_as_good_as_torch, loss_of_shards, random
 from megaslm_kernels.cross_entropy import IGNORE_INDEX, cross_entropy_reference
-from megaslm_kernels.linear_cross_entropy import linear_cross_entropy
+from megaslm_kernels.linear_cross_entropy import linear_cross_entropy, sharded_linear_cross_entropy
 
 
 def plain(hidden, weight, targets, vocab_size, z_loss, chunk_bytes):
@@ -36,6 +36,21 @@ def test_it_is_the_plain_loss_whatever_the_chunks(z_loss, chunk_rows, dtype):
     _, cross_entropy = linear_cross_entropy(*inputs)
     exact = plain(hidden.double(), weight.double(), *inputs[2:])[1]
     torch.testing.assert_close(cross_entropy.double(), exact, atol=0, rtol=2**-9 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("shards", "chunk_rows"), [(2, None), (4, 7)])
+def test_shards_of_the_vocabulary_make_up_the_whole(shards, chunk_rows, dtype):
+    """Of four, the last is padding altogether and the one before it in part."""
+    hidden, weight, targets = arguments(20, 512, 24, dtype)
+    targets = targets % 350
+    targets[::5] = IGNORE_INDEX
+    loss = loss_of_shards(sharded_linear_cross_entropy, shards)
+    chunk_bytes = chunk_rows and chunk_rows * (512 // shards) * hidden.element_size()
+    inputs = [hidden, weight, targets, 350, 1e-2, chunk_bytes]
+    assert_as_good_as_torch(objective_of(loss), objective_of(plain), inputs, atol=1e-5)
+    exact = plain(hidden.double(), weight.double(), *inputs[2:])[1]
+    torch.testing.assert_close(loss(*inputs)[1].double(), exact, atol=0, rtol=1e-6 if dtype == torch.float32 else 2**-9)
 
 
 def test_padding_gets_a_gradient_of_zero_and_the_cross_entropy_none():
