@@ -12,13 +12,19 @@ of them, as a whole or in part (a `Shard`):
     ZeRO-3              one flat tensor per sub-group: this rank's part of each parameter, one after the other,
                         every parameter padded to a multiple of the rank count
 
+Under tensor parallelism a parameter of this rank is some blocks of the whole model's, or all of it: its placement says
+which (megaslm/parallel/placement.py). Names and shapes that leave this file are those of the whole model.
+
 Master weights are read from and written to the flat tensor, moments (`exp_avg`, `exp_avg_sq`) to the tensors of the
 same shape in the inner optimizer's state. Before its first step an Adam has no state: it reads as zeros, and is created
 when written. DeepSpeed links it to the parameters after the next step by itself.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import deepspeed
 import torch
@@ -32,8 +38,9 @@ from torch import Tensor
 from megaslm.checkpoint.buffers import HostBuffers
 from megaslm.checkpoint.folder import assign_writers
 from megaslm.checkpoint.format import ADAM_MOMENTS, WEIGHTS, Piece
+from megaslm.checkpoint.slices import Part, cut
 from megaslm.errors import UserError
-from megaslm.parallel import host
+from megaslm.parallel import Placement, host, placement_of
 
 DEEPSPEED_VERSION = "0.19.8"
 # By name, since apex is optional: torch.optim, deepspeed.ops.adam and apex.optimizers.
@@ -50,6 +57,33 @@ class Shard:
     offset: int
     start: int
     numel: int
+
+
+class Position(NamedTuple):
+    """A rank among the `size` ranks of a group."""
+
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Local:
+    """A parameter of this rank's model: what it is of the whole model's, and where this rank's part of it lies."""
+
+    placement: Placement
+    shard: Shard | None
+
+    @property
+    def name(self) -> str:
+        """Of the whole model's parameter, which may be several here."""
+        return self.placement.name
+
+    def parts(self) -> Iterator[tuple[Part, int]]:
+        """This rank's parts of the whole model's parameter, and the offset in `shard.flat` where each begins."""
+        if self.shard is not None:
+            shard, shape = self.shard, self.placement.shape
+            for place, part in cut(self.placement.blocks, shard.start, shard.start + shard.numel):
+                yield part.flattened(shape), shard.offset + place
 
 
 def _refuse_unsupported(engine) -> None:
@@ -92,21 +126,28 @@ class EngineState:
 
     def __init__(self, engine) -> None:
         _refuse_unsupported(engine)
-        # Tensor-parallel slices are to come; until then every rank is a data-parallel one.
-        assert engine.seq_dp_world_size == host.world_size(), "data-parallel ranks are all ranks"
+        mpu = engine.mpu
+        self._tensor_parallel = Position(0, 1)
+        if mpu is not None:
+            self._tensor_parallel = Position(
+                mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
+            )
+        self._data_parallel = Position(dist.get_rank(engine.seq_data_parallel_group), engine.seq_dp_world_size)
+        ranks = self._data_parallel.size * self._tensor_parallel.size
+        assert ranks == host.world_size(), "every rank is in one data-parallel and one tensor-parallel group"
         self._device = engine.device
         self._adam = engine.basic_optimizer
         self._outer = engine.optimizer
         self._replicated = self._outer is self._adam
         shards = {id(parameter): shard for parameter, shard in self._find_shards()}
-        self._shards: dict[str, Shard | None] = {}
+        self._locals: dict[str, Local] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, parameter in engine.module.named_parameters():
             name = name.replace("_orig_mod.", "")
             assert id(parameter) in shards, f"parameter {name} is not in the optimizer"
-            self._shards[name] = shards[id(parameter)]
-            # Under ZeRO-3 the parameter itself is empty between its uses.
-            self.shapes[name] = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            placement = placement_of(name, parameter)
+            self._locals[name] = Local(placement, shards[id(parameter)])
+            self.shapes[placement.name] = placement.shape
 
     def pieces(self, kind: str, buffers: HostBuffers | None = None) -> dict[str, Piece]:
         """What this rank writes of all weights, or of a moment: its shards, bit for bit. No word between the ranks.
@@ -119,47 +160,70 @@ class EngineState:
         Raises:
             MemoryError, RuntimeError: no room for the copy.
         """
-        if self._replicated:  # every rank has everything
-            writers = assign_writers({name: shard.numel for name, shard in self._local_shards()}, host.world_size())
-            mine = {name for name, writer in writers.items() if writer == host.rank()}
-        else:
-            mine = {name for name, _ in self._local_shards()}
+        written = self._written_here()
         copies: dict[int, Tensor] = {}
-        found = {}
-        for name, shard in self._local_shards():
-            if name not in mine:
-                continue
-            source = self._source(shard.flat, kind)
-            if source is None:
-                data = torch.zeros(shard.numel)
-            else:
-                if buffers is not None:
-                    if id(shard.flat) not in copies:
-                        copies[id(shard.flat)] = buffers.copy((kind, len(copies)), source)
-                    source = copies[id(shard.flat)]
-                data = source.view(-1).narrow(0, shard.offset, shard.numel)
-            found[name] = Piece(self.shapes[name], shard.start, data)
-        return found
+        pieces: dict[str, Piece] = {}
+        count: Counter[str] = Counter()
+        for local in (local for name, local in self._locals.items() if name in written):
+            for part, offset in local.parts():
+                flat = local.shard.flat
+                source = self._source(flat, kind)
+                if source is None:
+                    data = torch.zeros(part.numel)
+                else:
+                    if buffers is not None:
+                        if id(flat) not in copies:
+                            copies[id(flat)] = buffers.copy((kind, len(copies)), source)
+                        source = copies[id(flat)]
+                    data = source.view(-1).narrow(0, offset, part.numel)
+                key = f"{local.name}#{count[local.name]}" if count[local.name] else local.name
+                pieces[key] = Piece.of(key, local.name, self.shapes[local.name], part, data)
+                count[local.name] += 1
+        return pieces
+
+    def _written_here(self) -> set[str]:
+        """The parameters, by the names that they have on this rank, whose part here is this rank's to write.
+
+        Ranks that have the same elements share them out: in stage 0 the data-parallel ones, and of what is not sliced
+        the tensor-parallel ones.
+        """
+        data, tensor = self._data_parallel if self._replicated else Position(0, 1), self._tensor_parallel
+        every = Position(data.rank * tensor.size + tensor.rank, data.size * tensor.size)
+        written = set()
+        for sliced, holders in ((True, data), (False, every)):
+            sizes = {
+                name: sum(math.prod(block.shape) for block in local.placement.blocks)
+                for name, local in self._locals.items()
+                if local.placement.sliced == sliced
+            }
+            writers = assign_writers(sizes, holders.size)
+            written |= {name for name, writer in writers.items() if writer == holders.rank}
+        return written
 
     def steps(self) -> dict[str, int]:
         """Adam's step count of every parameter, 0 before the first step. Collective."""
-        local = [self._step(shard) if shard is not None else 0 for shard in self._shards.values()]
-        counts = torch.tensor(local, dtype=torch.int64, device=self._device)
+        found = dict.fromkeys(self.shapes, 0)
+        for local in self._locals.values():
+            if local.shard is not None:
+                found[local.name] = max(found[local.name], self._step(local.shard))
+        counts = torch.tensor(list(found.values()), dtype=torch.int64, device=self._device)
         if host.world_size() > 1:
             dist.all_reduce(counts, op=dist.ReduceOp.MAX)
-        return dict(zip(self._shards, counts.tolist(), strict=True))
+        return dict(zip(found, counts.tolist(), strict=True))
 
     @torch.no_grad()
-    def load(self, kind: str, read: Callable[[str, int, int], Tensor]) -> None:
+    def load(self, kind: str, read: Callable[[str, Part], Tensor]) -> None:
         """Overwrite this rank's part of the weights, or of a moment, of all parameters.
 
         Args:
-            read: (name, start, stop) -> fp32 tensor (stop - start,), that part of the flattened parameter.
+            read: (name, part) -> fp32 tensor (part.numel,), that part of the parameter.
         """
-        for name, shard in self._local_shards():
-            if kind != WEIGHTS:
-                self._create_state(shard.flat)
-            self._values(shard, kind).copy_(read(name, shard.start, shard.start + shard.numel))
+        for local in self._locals.values():
+            for part, offset in local.parts():
+                if kind != WEIGHTS:
+                    self._create_state(local.shard.flat)
+                values = self._source(local.shard.flat, kind).view(-1).narrow(0, offset, part.numel)
+                values.copy_(read(local.name, part))
 
     def weight_decay(self) -> dict[str, float]:
         """Adam's weight decay of every parameter, as the engine applies it. Collective."""
@@ -172,9 +236,9 @@ class EngineState:
                     f for j, f in enumerate(outer.fp32_partitioned_groups_flat) if outer.sub_group_to_group_id[j] == i
                 ]
             rates |= {id(flat): float(group["weight_decay"]) for flat in flats}
-        local = {name: rates[id(shard.flat)] for name, shard in self._local_shards()}
-        found = {name: rate for part in host.gather(local) for name, rate in part.items()}
-        return {name: found[name] for name in self._shards}
+        here = {name: rates[id(shard.flat)] for name, shard in self._local_shards()}
+        found = {name: rate for part in host.gather(here) for name, rate in part.items()}
+        return {name: found[name] for name in self.shapes}
 
     def load_steps(self, steps: dict[str, int]) -> None:
         """Set Adam's step counts. Parameters that share a flat tensor share the count, which is their largest."""
@@ -227,11 +291,8 @@ class EngineState:
                 setattr(self._outer.loss_scaler, field, saved[field])
 
     def _local_shards(self) -> Iterator[tuple[str, Shard]]:
-        return ((name, shard) for name, shard in self._shards.items() if shard is not None)
-
-    def _values(self, shard: Shard, kind: str) -> Tensor:
-        """View (numel,) of the shard's master weights, or of moments that exist."""
-        return self._source(shard.flat, kind).view(-1).narrow(0, shard.offset, shard.numel)
+        """This rank's shards, with the name of the whole model's parameter."""
+        return ((local.name, local.shard) for local in self._locals.values() if local.shard is not None)
 
     def _source(self, flat: Tensor, kind: str) -> Tensor | None:
         """The master weights or moments that belong to a flat tensor; None for a moment that does not exist yet."""
@@ -279,17 +340,20 @@ class EngineState:
                 offsets = [0]
                 for parameter in group:
                     offsets.append(offsets[-1] + parameter.numel())
-                yield from _cut(group, offsets[:-1], flat)
+                yield from _cut(group, offsets[:-1], flat, self._data_parallel.rank)
         else:
             # With round_robin_gradients the flat order is another than the group's.
             groups, offsets = outer.round_robin_bit16_groups, outer.round_robin_bit16_offsets
             for group, starts, flat in zip(groups, offsets, outer.single_partition_of_fp32_groups, strict=True):
-                yield from _cut(group, starts, flat)
+                yield from _cut(group, starts, flat, self._data_parallel.rank)
 
 
-def _cut(group: list[Tensor], offsets: list[int], flat: Tensor) -> Iterator[tuple[Tensor, Shard | None]]:
-    """This rank's parts of parameters that start at `offsets` in a row, of which `flat` is this rank's equal part."""
-    low = flat.numel() * host.rank()
+def _cut(group: list[Tensor], offsets: list[int], flat: Tensor, rank: int) -> Iterator[tuple[Tensor, Shard | None]]:
+    """This rank's parts of parameters that start at `offsets` in a row, of which `flat` is its equal part.
+
+    rank: among those that share the row.
+    """
+    low = flat.numel() * rank
     high = low + flat.numel()
     for parameter, offset in zip(group, offsets, strict=True):
         start, stop = max(offset, low), min(offset + parameter.numel(), high)

@@ -37,10 +37,12 @@ from megaslm.checkpoint.format import (
     Piece,
     find_damages,
     open_checkpoint,
+    part_of,
     read_manifest,
     write_manifest,
 )
 from megaslm.checkpoint.safetensors_file import write_safetensors
+from megaslm.checkpoint.slices import find_fault
 from megaslm.errors import UserError
 from megaslm.files import flush_to_disk, side_by_side, sync_folder
 from megaslm.parallel import host
@@ -141,7 +143,8 @@ def write_checkpoint(
 
     Args:
         directory: where checkpoints go; made if missing.
-        pieces: {kind: {name: piece}}, this rank's; those of all ranks make up every tensor, without an overlap.
+        pieces: {kind: {key: piece}}, this rank's; those of all ranks make up every tensor, without an overlap. key:
+            name in the file: the tensor's, unless `piece.parameter` is.
         step: optimizer steps made.
         run_config, global_state, marks: plain JSON values, alike on all ranks.
         optimizer: see format.py; None for weights alone.
@@ -181,7 +184,7 @@ def write_checkpoint(
         manifest["files"] |= part_files
         for kind, part in part_entries.items():
             tensors = manifest["tensors"].setdefault(kind, {})
-            for parameter, (shape, piece) in part.items():
+            for parameter, shape, piece in part:
                 tensors.setdefault(parameter, {"shape": shape, "pieces": []})["pieces"].append(piece)
     _check_pieces(manifest["tensors"])
     save.together(lambda: _publish(hidden, save, manifest) if host.rank() == 0 else None, cleanup=hidden)
@@ -252,10 +255,9 @@ def _check_pieces(tensors: dict[str, dict[str, Any]]) -> None:
     for kind, part in tensors.items():
         assert part.keys() == tensors[WEIGHTS].keys(), f"{kind} of some parameters is missing"
         for name, entry in part.items():
-            pieces = sorted(entry["pieces"], key=lambda piece: piece["start"])
-            ends = [0, *(piece["start"] + piece["numel"] for piece in pieces)]
-            assert [piece["start"] for piece in pieces] == ends[:-1], f"{kind} of {name} has gaps"
-            assert ends[-1] == math.prod(entry["shape"]), f"{kind} of {name} is not whole"
+            shape = tuple(entry["shape"])
+            fault = find_fault((part_of(piece, shape) for piece in entry["pieces"]), shape)
+            assert fault is None, f"{kind} of {name} is not whole: {fault}"
 
 
 def latest_sound(
@@ -469,7 +471,7 @@ def _write_files(
     """Write this rank's files, side by side: a thread each hashes and writes, both outside of the interpreter's lock.
 
     Returns:
-        Their entries in the manifest: {file: ...}, and {kind: {name: (shape, piece)}}.
+        Their entries in the manifest: {file: ...}, and {kind: [(parameter, shape, piece), ...]}.
     """
     files = {kind: f"{kind}_{host.rank():05d}.safetensors" for kind, part in pieces.items() if part}
 
@@ -480,10 +482,9 @@ def _write_files(
     if tokenizer_files:
         written |= _write_texts(hidden, TOKENIZER, tokenizer_files)
     entries = {
-        kind: {
-            name: (list(piece.shape), {"file": file, "start": piece.start, "numel": piece.numel})
-            for name, piece in pieces[kind].items()
-        }
+        kind: [
+            (piece.parameter or key, list(piece.shape), piece.entry(key, file)) for key, piece in pieces[kind].items()
+        ]
         for kind, file in files.items()
     }
     return written, entries

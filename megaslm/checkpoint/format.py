@@ -9,7 +9,7 @@
 
 manifest.json:
 
-    format, version         "megaslm-checkpoint", 2
+    format, version         "megaslm-checkpoint", 2; 3 where a piece has a `tensor`, which readers of 2 do not know
     sha256                  of the manifest itself, with zeros in this place
     serial                  one more than the largest in the folder: the order of saves, whatever the clocks say
     written                 when, UTC, ISO 8601
@@ -24,13 +24,14 @@ manifest.json:
     fingerprint             null (absent in older ones), or what the model of this step computes, see fingerprint.py:
                             {tokens, precision, loss, logits, rounded: {precision: {loss, logits}}}
     files                   {name: {bytes, sha256}}
-    tensors                 {kind: {parameter: {shape, pieces: [{file, start, numel, block?}]}}}
+    tensors                 {kind: {parameter: {shape, pieces: [{file, start, numel, block?, tensor?}]}}}
 
-`kind` is "weights" or a moment; everything is fp32. A piece lies in its file under the parameter's name. It is the
-elements [start, start + numel) of the flattened tensor, as one rank held them under ZeRO: ranks write what they have,
-without a word between them. A whole tensor (one rank, or stage 0) is one piece, stored in its own shape. `block`,
-{offset, shape}, is the place of a tensor-parallel slice: the piece is then cut from that block, flattened.
-Nothing is pickled: reading executes nothing.
+`kind` is "weights" or a moment; everything is fp32. A piece is the elements [start, start + numel) of the flattened
+tensor, as one rank held them under ZeRO: ranks write what they have, without a word between them. A whole tensor (one
+rank, or stage 0) is one piece, stored in its own shape. `block`, {offset, shape}, is the rectangle that a slice of
+tensor parallelism is, where that is no range of the flattened tensor: the piece is then elements of the block,
+flattened. A piece lies in its file under the parameter's name, or that of `tensor`: of a packed weight a rank may have
+several (its queries, its keys, its values). Nothing is pickled: reading executes nothing.
 
 There is no random state to keep: initial weights, sample order and sampled text are pure functions of the seed and of
 the samples consumed, and the network has no dropout.
@@ -54,22 +55,24 @@ from torch import Tensor
 
 from megaslm.checkpoint.fingerprint import Fingerprint
 from megaslm.checkpoint.safetensors_file import LazyTensor, SafetensorsFile
+from megaslm.checkpoint.slices import Part, Window, overlaps
 from megaslm.config import ModelConfig
 from megaslm.data import Tokenizer
 from megaslm.errors import UserError
 from megaslm.files import allow_open_files, flush_to_disk, refuse_too_many_files, side_by_side
-from megaslm.parallel import host
+from megaslm.parallel import Block, host
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "megaslm-checkpoint"
-FORMAT_VERSION = 2
+FORMAT_VERSIONS = (2, 3)
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 WEIGHTS = "weights"
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 HASH_PLACE = "0" * 64
 FILES_AT_A_TIME = 8  # that are verified side by side
+COPIED = 2**22  # elements that are mapped at a time where a rectangle is copied row by row
 
 
 # Of a file in the manifest: nothing outside of the folder, whoever wrote it.
@@ -82,15 +85,19 @@ class DamagedCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, start + numel) of a flattened tensor of global shape `shape`.
+    """Elements [start, start + numel) of a tensor of global shape `shape`, flattened, or of a `block` of it, flattened.
 
-    data: on any device; (numel,), or the whole tensor in its own shape; written as fp32. A `LazyTensor`, which is a
-        whole one in fp32, is made when it is written.
+    data: on any device; (numel,), or the whole tensor (or block) in its own shape; written as fp32. A `LazyTensor`,
+        which is a whole tensor in fp32, is made when it is written.
+    block: None: all of the tensor.
+    parameter: the tensor's name, where the piece lies in its file under another one.
     """
 
     shape: tuple[int, ...]
     start: int
     data: Tensor | LazyTensor
+    block: Block | None = None
+    parameter: str | None = None
 
     @property
     def numel(self) -> int:
@@ -106,16 +113,46 @@ class Piece:
         if isinstance(self.data, LazyTensor):
             assert self.data.shape == self.shape and self.data.dtype == torch.float32, "a lazy piece is a whole tensor"
             return self.data
-        return self.data.reshape(self.shape) if self.numel == math.prod(self.shape) else self.data
+        shape = self.shape if self.block is None else self.block.shape
+        return self.data.reshape(shape) if self.numel == math.prod(shape) else self.data
 
     @classmethod
     def whole(cls, tensor: Tensor | LazyTensor) -> "Piece":
         return cls(tuple(tensor.shape), 0, tensor)
 
+    @classmethod
+    def of(cls, key: str, parameter: str, shape: tuple[int, ...], part: Part, data: Tensor) -> "Piece":
+        """A part of a tensor that lies in its file under `key`."""
+        is_whole = part.block == Part.whole(shape).block
+        block, other_name = None if is_whole else part.block, None if key == parameter else parameter
+        return cls(shape, part.start, data, block, other_name)
+
+    def entry(self, key: str, file: str) -> dict[str, Any]:
+        """Its entry in the manifest; key: its name in the file."""
+        entry: dict[str, Any] = {"file": file, "start": self.start, "numel": self.numel}
+        if self.block is not None:
+            entry["block"] = {"offset": list(self.block.offset), "shape": list(self.block.shape)}
+        if self.parameter is not None:
+            entry["tensor"] = key
+        return entry
+
+
+def part_of(piece: dict[str, Any], shape: Sequence[int]) -> Part:
+    """Of a tensor of `shape`, what the piece with this entry in the manifest is."""
+    place = piece.get("block")
+    block = Block(tuple(place["offset"]), tuple(place["shape"])) if place else Part.whole(tuple(shape)).block
+    return Part(block, piece["start"], piece["start"] + piece["numel"])
+
+
+def _version(manifest: dict[str, Any]) -> int:
+    """The lowest one whose readers understand it."""
+    pieces = (piece for part in manifest["tensors"].values() for entry in part.values() for piece in entry["pieces"])
+    return 3 if any("tensor" in piece for piece in pieces) else 2
+
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write manifest.json with its own hash in it, and fsync it."""
-    text = json.dumps({"format": FORMAT, "version": FORMAT_VERSION, "sha256": HASH_PLACE, **manifest}, indent=1)
+    text = json.dumps({"format": FORMAT, "version": _version(manifest), "sha256": HASH_PLACE, **manifest}, indent=1)
     digest = hashlib.sha256(text.encode()).hexdigest()
     with open(folder / MANIFEST, "wb") as file:
         file.write(text.replace(HASH_PLACE, digest, 1).encode())
@@ -148,11 +185,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     digest = str(manifest.get("sha256"))
     if hashlib.sha256(text.replace(digest, HASH_PLACE, 1).encode()).hexdigest() != digest:
         raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {MANIFEST} is not what was written (hash differs)")
-    if manifest["version"] != FORMAT_VERSION:
-        other = "a newer one" if manifest["version"] > FORMAT_VERSION else "start anew"
+    if manifest["version"] not in FORMAT_VERSIONS:
+        other = "a newer one" if manifest["version"] > max(FORMAT_VERSIONS) else "start anew"
         raise UserError(
-            f"checkpoint {folder} has format version {manifest['version']}, this megaslm reads {FORMAT_VERSION}: "
-            f"use the megaslm that wrote it ({manifest.get('code')}), or {other}"
+            f"checkpoint {folder} has format version {manifest['version']}, this megaslm reads "
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}: use the megaslm that wrote it ({manifest.get('code')}), "
+            f"or {other}"
         )
     _check_names(path, manifest)
     return manifest
@@ -286,29 +324,33 @@ class Checkpoint:
             KeyError: no such tensor.
             DamagedCheckpoint: its file can't be read.
         """
+        shape = tuple(self.manifest["tensors"][kind][name]["shape"])
+        return self.read_part(kind, name, Part.whole(shape)).view(shape)
+
+    def read_part(self, kind: str, name: str, part: Part) -> Tensor:
+        """Some elements of a tensor, (part.numel,), fp32, whatever the parts in which it was saved.
+
+        Reads no others, but where rows are cut through: then it may read whole rows, a few at a time. Where one piece
+        has all of them in a row, they are mapped.
+
+        Raises as `read`.
+        """
         entry = self.manifest["tensors"][kind][name]
         shape, pieces = entry["shape"], entry["pieces"]
-        if "block" not in pieces[0]:
-            return self._read_pieces(name, pieces, 0, math.prod(shape)).view(shape)
-        blocks: dict[tuple[int, ...], list[dict[str, Any]]] = {}
-        for piece in pieces:
-            blocks.setdefault(tuple(piece["block"]["offset"]), []).append(piece)
-        whole = torch.empty(shape, dtype=torch.float32)
-        for offset, of_block in blocks.items():
-            block_shape = of_block[0]["block"]["shape"]
-            block = self._read_pieces(name, of_block, 0, math.prod(block_shape)).view(block_shape)
-            whole[tuple(slice(o, o + n) for o, n in zip(offset, block_shape, strict=True))] = block
-        return whole
-
-    def read_flat(self, kind: str, name: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened tensor, (stop - start,).
-
-        Reads no others, except where the tensor is in blocks: then it reads all.
-        """
-        pieces = self.manifest["tensors"][kind][name]["pieces"]
-        if "block" in pieces[0]:
-            return self.read(name, kind).view(-1)[start:stop]
-        return self._read_pieces(name, pieces, start, stop)
+        found = [(piece, *both) for piece in pieces for both in overlaps(part_of(piece, shape), part)]
+        assert sum(source.numel for _, source, _ in found) == part.numel, f"pieces of {kind} of {name} are missing"
+        mapped = len(found) == 1 and found[0][1].is_contiguous
+        out = None if mapped else torch.empty(part.numel, dtype=torch.float32)
+        for piece, source, target in found:
+            file, key = self._file(piece["file"]), piece.get("tensor", name)
+            try:
+                if out is None:
+                    return file.map(key, source.start, source.stop, torch.float32)
+                _copy(file, key, source, target.of(out[target.start : target.stop]))
+            except (OSError, ValueError) as error:
+                refuse_too_many_files(error)
+                raise self._damaged(f"{piece['file']} can't be read ({error})") from error
+        return out
 
     def hold(self) -> None:
         """Keep what can be read, even if another process deletes the folder: open files, and the tokenizer's texts.
@@ -344,24 +386,19 @@ class Checkpoint:
             self._files[name] = self._open(name)
         return self._files[name]
 
-    def _read_pieces(self, name: str, pieces: list[dict[str, Any]], start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of what the pieces make up, flattened."""
-        parts = [(piece, max(start, piece["start"]), min(stop, piece["start"] + piece["numel"])) for piece in pieces]
-        parts = [(piece, first, last) for piece, first, last in parts if first < last]
-        out = torch.empty(stop - start, dtype=torch.float32) if len(parts) != 1 else None
-        for piece, first, last in parts:
-            at, file = first - piece["start"], self._file(piece["file"])
-            try:
-                if out is None:
-                    return file.map(name, at, at + last - first, torch.float32)
-                file.read_into(out[first - start : last - start], name, at)
-            except (OSError, ValueError) as error:
-                refuse_too_many_files(error)
-                raise self._damaged(f"{piece['file']} can't be read ({error})") from error
-        return out
-
     def _damaged(self, what: str) -> DamagedCheckpoint:
         return DamagedCheckpoint(f"checkpoint {self.path} is damaged: {what}")
+
+
+def _copy(file: SafetensorsFile, key: str, source: Window, out: Tensor) -> None:
+    """Fill `out`, of any strides, with a rectangle of a tensor in a file."""
+    if source.is_contiguous and out.is_contiguous():
+        file.read_into(out.view(-1), key, source.start)
+        return
+    rows = max(1, COPIED // math.prod(source.shape[1:]))
+    for first in range(0, len(out), rows):
+        some = source.rows(first, min(first + rows, len(out)))
+        out[first : first + rows] = some.of(file.map(key, some.start, some.stop, torch.float32))
 
 
 def files_of(manifest: dict[str, Any], kinds: Sequence[str] | None = None) -> list[str]:

@@ -182,7 +182,7 @@ def restore(checkpoint: Checkpoint, engine, *, weights_only: bool = False) -> di
 
     def load() -> None:
         for kind in (WEIGHTS,) if weights_only else (WEIGHTS, *ADAM_MOMENTS):
-            state.load(kind, lambda name, start, stop, kind=kind: checkpoint.read_flat(kind, name, start, stop))
+            state.load(kind, lambda name, part, kind=kind: checkpoint.read_part(kind, name, part))
 
     _, failures = host.try_together(load)
     checkpoint.close()

@@ -238,7 +238,7 @@ class _Validation:
         if isinstance(weights, Checkpoint):
             for name, entry in weights.manifest["tensors"][WEIGHTS].items():
                 for piece in entry["pieces"]:
-                    names.setdefault(weights.path / piece["file"], set()).add(name)
+                    names.setdefault(weights.path / piece["file"], set()).add(piece.get("tensor", name))
         else:
             for name, (path, _, _) in weights.stored.items():
                 names.setdefault(path, set()).add(name)

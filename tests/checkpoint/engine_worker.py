@@ -9,13 +9,14 @@ Losses are written as hexadecimal floats, so that a comparison of the text is on
 
 import hashlib
 import json
+import os
 import resource
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -23,6 +24,7 @@ from torch import nn
 
 from megaslm.checkpoint import (
     HostBuffers,
+    Piece,
     check_fingerprint,
     latest_sound,
     list_checkpoints,
@@ -30,15 +32,19 @@ from megaslm.checkpoint import (
     restore,
     save_checkpoint,
     take_fingerprint,
+    write_checkpoint,
 )
+from megaslm.checkpoint import folder as folder_module
 from megaslm.checkpoint.deepspeed_state import EngineState
+from megaslm.checkpoint.safetensors_file import write_safetensors
 from megaslm.config import ModelConfig
 from megaslm.errors import UserError
 from megaslm.model import build_model
-from megaslm.parallel import host
+from megaslm.parallel import host, init_distributed, shard_model
 from megaslm.training.start import check_restored
 
 VOCAB, WIDTH, GLOBAL_BATCH = 61, 16, 4
+KINDS = ("weights", "exp_avg", "exp_avg_sq")
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 1}}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -123,7 +129,7 @@ def train(engine, first: int, last: int) -> list[str]:
 def fingerprint(engine) -> str:
     """Hash of every bit of the whole state, whatever its layout: weights, moments, step counts, decay, loss scaler."""
     state, digest = EngineState(engine), hashlib.sha256()
-    for kind in ("weights", "exp_avg", "exp_avg_sq"):
+    for kind in KINDS:
         mine = [
             (n, p.start, p.data.contiguous().numpy().tobytes()) for n, p in state.pieces(kind, HostBuffers()).items()
         ]
@@ -283,15 +289,93 @@ def fingerprints(directory: Path) -> dict:
     return result
 
 
+def network(bias: bool) -> ModelConfig:
+    """With everything that is cut in a way of its own; for 4 ranks, fewer key/value heads. Without biases a qwen3."""
+    sizes = {
+        "num_layers": 2,
+        "hidden_size": 20,
+        "ffn_hidden_size": 28,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 6,
+    }
+    return ModelConfig(vocab_size=VOCAB, context_length=8, qk_norm=True, bias=bias, tie_embeddings=True, **sizes)
+
+
+def build_sliced(config: ModelConfig, layout: str, tensor_parallel_size: int):
+    model = build_model(config, seed=1)
+    ranks = init_distributed(tensor_parallel_size)
+    shard_model(model, ranks.tensor_parallel)
+    zero, precision = LAYOUTS[layout]
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_force_ds_cpu_optimizer": False, "zero_optimization": zero}
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
+    deepspeed.utils.groups.mpu = ranks.mpu  # it keeps that of an engine before
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=settings | precision, mpu=ranks.mpu)[0]
+
+
+def write_made_up(directory: Path, config: ModelConfig) -> Path:
+    """A checkpoint of that network, in which every number of every kind is another. One rank writes it whole."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in build_model(config, seed=1).named_parameters()}
+    generator = torch.Generator().manual_seed(1)
+    pieces = {
+        kind: {name: Piece.whole(torch.randn(shape, generator=generator).abs()) for name, shape in shapes.items()}
+        for kind in KINDS
+    }
+    optimizer = {
+        "type": "adam",
+        "moments": list(KINDS[1:]),
+        "steps": dict.fromkeys(shapes, 3),
+        "weight_decay": {name: 0.1 if len(shape) > 1 else 0.0 for name, shape in shapes.items()},
+        "loss_scaler": None,
+    }
+    pieces = pieces if dist.get_rank() == 0 else {}
+    run_config = {"model": config.model_dump(mode="json")}
+    return write_checkpoint(directory, pieces, step=3, run_config=run_config, global_state={}, optimizer=optimizer)
+
+
+def relay(directory: Path, name: str, bias: bool, stations: list[list]) -> list[str]:
+    """Restore and save in one [layout, tensor-parallel size] after the other; the folders of the saves."""
+    config = network(bias)
+    paths = [write_made_up(directory / name, config)]
+    for i, (layout, tensor_parallel_size) in enumerate(stations):
+        engine = build_sliced(config, layout, tensor_parallel_size)
+        before = open_checkpoint(paths[-1])
+        options = {"run_config": before.run_config, "global_state": restore(before, engine)}
+        buffers = HostBuffers() if i % 2 else None  # as a save beside the training, or at once
+        folder = directory / f"{name}_{i}_{layout}_{tensor_parallel_size}"
+        paths.append(save_checkpoint(folder, engine, step=3, buffers=buffers, **options))
+        engine.destroy()
+    return list(map(str, paths))
+
+
+def killed_save(directory: Path) -> None:
+    """The last rank is killed when it begins the second of its files."""
+    engine = build_sliced(network(bias=True), "z1", 2)
+    save(engine, directory, 1)
+    if dist.get_rank() == dist.get_world_size() - 1:
+
+        def write(path: Path, tensors: dict) -> dict:
+            if path.name.startswith("exp_avg_0"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return write_safetensors(path, tensors)
+
+        folder_module.write_safetensors = write
+    save(engine, directory, 2)
+
+
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # DeepSpeed wants fast fp16 instructions, which few CPUs have; slow ones give the same bits.
     get_accelerator().is_fp16_supported = lambda: True
-    deepspeed.init_distributed(dist_backend="gloo")
+    init_distributed()
     results = {}
     for name, *arguments in job["tasks"]:
-        results[" ".join([name, *map(str, arguments)])] = globals()[name](Path(job["directory"]), *arguments)
+        key = " ".join([name, *(str(one) for one in arguments if not isinstance(one, list))])
+        results[key] = globals()[name](Path(job["directory"]), *arguments)
     if dist.get_rank() == 0:
         Path(job["output"]).write_text(json.dumps(results))
     dist.barrier()

@@ -28,6 +28,7 @@ from megaslm.checkpoint import format as format_module
 from megaslm.checkpoint.fingerprint import Figures
 from megaslm.checkpoint.format import Checkpoint, find_damage, read_manifest, write_manifest
 from megaslm.checkpoint.safetensors_file import write_safetensors
+from megaslm.checkpoint.slices import Part
 from megaslm.config import ModelConfig
 from megaslm.data import character_tokenizer
 from megaslm.errors import UserError
@@ -227,7 +228,7 @@ def test_what_is_held_can_be_read_after_the_folder_is_gone(tmp_path, tokenizer):
     checkpoint.hold()
     shutil.rmtree(checkpoint.path)
     assert checkpoint.read("w", "exp_avg_sq").tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert checkpoint.read_flat("weights", "w", 2, 4).tolist() == [2, 3]
+    assert checkpoint.read_part("weights", "w", Part(Part.whole((2, 3)).block, 2, 4)).tolist() == [2, 3]
     assert checkpoint.tokenizer().same_files(tokenizer)
     checkpoint.close()
     with pytest.raises(DamagedCheckpoint, match="its tokenizer can't be read"):
@@ -369,7 +370,9 @@ def test_a_file_that_lies_about_its_tensors_is_damaged(tmp_path, header, in_part
         file = struct.pack("<Q", len(part)) + part + bytes(24)
         (checkpoint.path / "weights_00000.safetensors").write_bytes(file)
         with pytest.raises(DamagedCheckpoint, match="weights_00000.safetensors can't be read"):
-            checkpoint.read_flat("weights", "w", 5, 6) if in_part else checkpoint.read("w")
+            checkpoint.read_part("weights", "w", Part(Part.whole((2, 3)).block, 5, 6)) if in_part else checkpoint.read(
+                "w"
+            )
         checkpoint.close()
 
 

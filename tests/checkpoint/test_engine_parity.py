@@ -4,17 +4,30 @@ The ranks are processes over gloo (engine_worker.py). Each launch goes through m
 """
 
 import json
-import os
-import subprocess
-import sys
+import math
+import shutil
+import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from megaslm.checkpoint import Fingerprint, compare_fingerprints
+from megaslm.checkpoint import (
+    EXPORT_RECORD,
+    DamagedCheckpoint,
+    Fingerprint,
+    compare_checkpoints,
+    compare_fingerprints,
+    export_checkpoint,
+    inspect_path,
+    latest_sound,
+    list_checkpoints,
+    open_checkpoint,
+    open_model,
+)
+from megaslm.evaluation import validate_model
 
 WORKER = Path(__file__).with_name("engine_worker.py")
-ROOT = WORKER.parents[2]
 LAYOUTS = [
     "z0",
     "z1",
@@ -33,58 +46,34 @@ LAYOUTS = [
     "z2_round_robin",
     "z3_bf16_offload",
 ]
-ONE_RANK = [layout for layout in LAYOUTS if layout.split("_")[-1] not in ("persistent", "subgroups", "robin")]
+# What two ranks do not show: that one can do without the others.
+ONE_RANK = ["z0", "z1", "z2", "z3", "z1_bf16_fp32_accumulation", "z2_fp16", "z3_bf16_offload"]
 # Layout on 2 ranks, continued on 1 rank by another one (steps 3 to 5), continued on 2 ranks by a third (5 to 6).
 CHAINS_FP32 = [("z1", "z3", "z2"), ("z2", "z0", "z3"), ("z3", "z1", "z0"), ("z0", "z2", "z1")]
 CHAINS_BF16 = [("z1_bf16_fp32_accumulation", "z3_bf16", "z2_bf16_offload"), ("z3_bf16_offload", "z1_bf16", "z3_bf16")]
 CHAINS = CHAINS_FP32 + CHAINS_BF16
 
 
-def launch(world_size: int, directory: Path, port: int, tasks: list) -> dict:
-    """Run engine_worker.py on some ranks and return rank 0's findings by task."""
-    output = directory / f"{world_size}.json"
-    job = directory / "job.json"
+def launch(fork_ranks, world_size: int, directory: Path, tasks: list) -> dict:
+    """Rank 0's findings, by task."""
+    job, output = directory / "job.json", directory / f"{world_size}.json"
     job.write_text(json.dumps({"directory": str(directory), "output": str(output), "tasks": tasks}))
-    env = os.environ | {
-        "WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
-    ranks = []
-    for rank in range(world_size):
-        with open(directory / f"rank{rank}.log", "w") as log:
-            command = [sys.executable, str(WORKER), str(job)]
-            rank_env = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(command, env=rank_env, stdout=log, stderr=subprocess.STDOUT, cwd=directory))
-    try:
-        codes = [process.wait(timeout=300) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    logs = "\n".join((directory / f"rank{rank}.log").read_text()[-3000:] for rank in range(world_size))
-    assert codes == [0] * world_size, logs
+    finished = fork_ranks(WORKER, [job], world_size)
+    assert finished.code == 0, finished.err
     return json.loads(output.read_text())
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, free_port) -> dict:
-    """Findings of three launches: {"two": ..., "one": ..., "two_again": ...}."""
+def found(fork_ranks, tmp_path_factory) -> dict:
+    """Rank 0's findings, by task, of three launches: {"two": ..., "one": ..., "two_again": ...}."""
     directory = tmp_path_factory.mktemp("checkpoints")
+    run = partial(launch, fork_ranks, directory=directory)
     alone = [[task, layout] for layout in ("z0", "z1", "z3") for task in ("weights_alone", "before_first_step")]
-    two = launch(
-        2,
-        directory,
-        free_port(),
-        [["same_layout", layout] for layout in LAYOUTS] + alone + [["failures"], ["fingerprints"]],
-    )
+    two = run(2, tasks=[["same_layout", layout] for layout in LAYOUTS] + alone + [["failures"], ["fingerprints"]])
     first = [["chain", f"{a}_2/step_00000003", b, 3, 5] for a, b, _ in CHAINS]
-    one = launch(1, directory, free_port(), [["same_layout", layout] for layout in ONE_RANK] + [["failures"]] + first)
+    one = run(1, tasks=[["same_layout", layout] for layout in ONE_RANK] + [["failures"]] + first)
     second = [["chain", f"{a}_2-{b}_1/step_00000005", c, 5, 6] for a, b, c in CHAINS]
-    return {"two": two, "one": one, "two_again": launch(2, directory, free_port(), second)}
+    return {"two": two, "one": one, "two_again": run(2, tasks=second)}
 
 
 def values(losses: list[str]) -> list[float]:
@@ -149,6 +138,103 @@ def test_failures_are_told_on_every_rank(found, ranks):
     assert all("exp_avg_0000" in message and "hash differs" in message for message in result["damaged"])
     assert result["replaced"] == 2 and result["list"] == ["step_00000001", "step_00000002"]
     assert all("up.weight is [37, 16] in the checkpoint and [38, 16]" in text for text in result["another_model"])
+
+
+# Layout and tensor-parallel size on 4 ranks: each continues what the one before it has saved.
+STATIONS = [
+    ("z1", 2),
+    ("z2", 4),
+    ("z3", 1),
+    ("z0", 2),
+    ("z1_bf16_fp32_accumulation", 4),
+    ("z3", 2),
+    ("z0", 4),
+    ("z2_round_robin", 2),
+    ("z3_bf16_subgroups", 4),
+    ("z1_bf16", 1),
+    ("z3_bf16_offload", 2),
+    ("z0", 1),
+]
+
+
+@pytest.fixture(scope="module")
+def relays(fork_ranks, tmp_path_factory) -> dict[str, list[Path]]:
+    """A made-up checkpoint, and then that of every station."""
+    tasks = [["relay", "all kinds", True, STATIONS], ["relay", "qwen3", False, STATIONS[:1]]]
+    found = launch(fork_ranks, 4, tmp_path_factory.mktemp("relays"), tasks)
+    return {name: list(map(Path, found[f"relay {name} {bias}"])) for _, name, bias, _ in tasks}
+
+
+@pytest.fixture(scope="module")
+def relayed(relays) -> list[Path]:
+    return relays["all kinds"]
+
+
+@pytest.mark.parametrize("station", range(1, len(STATIONS) + 1), ids=lambda i: f"{STATIONS[i - 1]}")
+def test_slices_go_from_layout_to_layout_bit_for_bit(relayed, station):
+    """Weights, moments, step counts and weight decay."""
+    comparison = compare_checkpoints(relayed[0], relayed[station])
+    assert comparison.passed, comparison.tensors
+    assert len(comparison.tensors) == 3 and all(kind.compared == 26 for kind in comparison.tensors)
+
+
+def test_the_layouts_are_in_the_files(relayed):
+    """One piece of every element, whoever has it too; and no rank without something to write."""
+    for path in relayed[1:]:
+        manifest = json.loads((path / "manifest.json").read_text())
+        assert len([name for name in manifest["files"] if name.startswith("weights")]) == 4
+        for part in manifest["tensors"].values():
+            for entry in part.values():
+                assert sum(piece["numel"] for piece in entry["pieces"]) == math.prod(entry["shape"])
+
+    def pieces(station: tuple[str, int], name: str) -> list[dict]:
+        manifest = json.loads((relayed[1 + STATIONS.index(station)] / "manifest.json").read_text())
+        return manifest["tensors"]["weights"][f"decoder.blocks.0.{name}"]["pieces"]
+
+    halves = [{"offset": [0, at], "shape": [20, 14]} for at in (0, 14)]
+    assert [piece["block"] for piece in pieces(("z0", 2), "feed_forward.down.weight")] == halves
+    # Queries of 4 ranks, and the keys and values, which all of them have, of one.
+    assert sorted((piece["start"], piece["numel"]) for piece in pieces(("z0", 4), "attention.qkv.weight")) == [
+        *((120 * rank, 120) for rank in range(4)),
+        (480, 480),
+    ]
+
+
+def test_the_export_of_slices_is_that_of_the_whole(relays, tmp_path):
+    """Byte for byte, of the same weights from one rank and from 2 x 2."""
+    exports = []
+    for name, path in zip(("whole", "slices"), relays["qwen3"], strict=True):
+        export_checkpoint(open_model(path), tmp_path / name, without_tokenizer=True, check=False)
+        exports.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
+    whole, slices = exports
+    assert whole.keys() == slices.keys() and "model.safetensors" in whole
+    # These two name the checkpoint.
+    assert {name for name in whole if whole[name] != slices[name]} <= {EXPORT_RECORD, "README.md"}
+
+
+def test_slices_are_as_many_bytes_as_the_whole(relays):
+    reports = [validate_model(path) for path in relays["qwen3"]]
+    assert all(report.figures["bytes_of_weights"] == 4 * report.figures["parameters"] for report in reports)
+    assert reports[0].figures["parameters"] == reports[1].figures["parameters"] > 0
+
+
+def test_a_damaged_slice_is_named(relayed, tmp_path):
+    path = shutil.copytree(relayed[1], tmp_path / "step_00000003")
+    file = path / "exp_avg_00003.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DamagedCheckpoint, match="exp_avg_00003.safetensors is not what was written"):
+        open_checkpoint(path)
+    assert inspect_path(path).damage == ["exp_avg_00003.safetensors is not what was written (hash differs)"]
+
+
+def test_a_rank_that_is_killed_while_it_saves_a_slice_leaves_the_last_checkpoint(fork_ranks, tmp_path):
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps({"directory": str(tmp_path / "run"), "output": "", "tasks": [["killed_save"]]}))
+    assert fork_ranks(WORKER, [job], 2).code == -signal.SIGKILL
+    assert latest_sound(tmp_path / "run", print).step == 1
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000001"]
 
 
 def test_fingerprints_of_weights_that_lie_on_several_ranks(found):

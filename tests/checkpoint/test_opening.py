@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megaslm.checkpoint import Piece, open_checkpoint, open_model, write_checkpoint
+from megaslm.checkpoint.format import write_manifest
 from megaslm.checkpoint.huggingface.families import hf_config
 from megaslm.checkpoint.huggingface.mapping import parameter_groups
 from megaslm.checkpoint.safetensors_file import write_safetensors
@@ -255,13 +256,9 @@ def long_context(folder):
 
 def newer(folder):
     path = save(folder.parent, name="thing") / "manifest.json"
-    from megaslm.checkpoint import format as checkpoint_format
-
     manifest = json.loads(path.read_text())
-    del manifest["format"], manifest["version"], manifest["sha256"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_format, "FORMAT_VERSION", 99)
-        checkpoint_format.write_manifest(path.parent, manifest)
+    del manifest["sha256"]
+    write_manifest(path.parent, manifest | {"version": 99})
 
 
 def without_model(folder):

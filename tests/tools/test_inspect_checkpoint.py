@@ -259,9 +259,9 @@ def test_table_of_a_sound_run(tmp_path, tool):
     for step in (1, 2):
         write(tmp_path, step=step)
     assert tool(tmp_path).code == 0
-    rewrite_manifest(tmp_path / "step_00000001", version=3)  # of a newer megaslm: the others are still of use
+    rewrite_manifest(tmp_path / "step_00000001", version=4)  # of a newer megaslm: the others are still of use
     result = tool(tmp_path)
-    assert result.code == 1 and "format version 3, this megaslm reads 2" in result.out
+    assert result.code == 1 and "format version 4, this megaslm reads 2 and 3" in result.out
     assert result.out.splitlines()[4].endswith("sound")
 
 
@@ -303,7 +303,7 @@ def test_nothing_is_changed(tmp_path, tool):
 def test_mistakes_are_one_message(tmp_path, tool):
     sound = write(tmp_path / "run" / "checkpoints")
     newer = write(tmp_path / "newer")
-    rewrite_manifest(newer, version=3)
+    rewrite_manifest(newer, version=4)
     for name in ("empty", "new/checkpoints", "cut/checkpoints/.step_00000001.tmp", "foreign"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "foreign" / "mp_rank_00_model_states.pt").write_text("x")
@@ -317,7 +317,7 @@ def test_mistakes_are_one_message(tmp_path, tool):
         ([tmp_path / "empty"], "empty holds no checkpoints"),
         ([tmp_path / "new"], "new holds no checkpoints"),
         ([tmp_path / "cut"], "no checkpoint under its name, only .step_00000001.tmp"),
-        ([newer], "format version 3, this megaslm reads 2"),
+        ([newer], "format version 4, this megaslm reads 2 and 3"),
         ([tmp_path / ("x" * 300)], "can't read"),
         ([sound, tmp_path / "foreign"], "it looks like a DeepSpeed checkpoint"),
         ([sound, run], f"holds checkpoints; to compare one, name it, such as {sound}"),

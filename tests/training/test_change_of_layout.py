@@ -1,7 +1,8 @@
-"""A run that is continued with other ranks, another ZeRO stage or another precision is the run that was not stopped.
+"""A run that is continued in another layout is the run that was not stopped: other ranks, another tensor-parallel size,
+another ZeRO stage, another precision.
 
 Every layout trains STOP steps, and in another folder to the end without a stop. Each stopped run is then continued in
-every layout, by the command, and held against the uninterrupted run of the layout that it started in.
+other layouts, by the command, and held against the uninterrupted run of the layout that it started in.
 """
 
 import itertools
@@ -31,29 +32,30 @@ class Layout:
     micro_batch_size: int
     accumulation_steps: int
     replaced: tuple[tuple[str, int], ...] = ()
+    tensor_parallel: int = 1
+    sequence_parallel: bool = False
 
     def precision(self, of_run: str) -> str:
         return "fp32" if self.engine == "zero0" else of_run  # bf16 is refused there
 
 
 LAYOUTS = {
-    "2 ranks ZeRO-1": Layout(2, "zero1", 2, 2),
-    "2 ranks ZeRO-2": Layout(2, "zero2", 1, 4),
+    "TP 2, DP 2, ZeRO-1": Layout(4, "zero1", 2, 2, tensor_parallel=2),
+    "TP 4, ZeRO-2": Layout(4, "zero2", 8, 1, tensor_parallel=4, sequence_parallel=True),
     # Of this one every weight is released between its uses; of the others with ZeRO-3 none, as tiny as they are.
-    "1 rank ZeRO-3": Layout(1, "zero3", 4, 2, (("stage3_param_persistence_threshold", 0),)),
-    "1 rank stage 0": Layout(1, "zero0", 2, 4),
-    "4 ranks ZeRO-3": Layout(4, "zero3", 2, 1),
+    "DP 4, ZeRO-3": Layout(4, "zero3", 2, 1, (("stage3_param_persistence_threshold", 0),)),
+    "1 rank, stage 0": Layout(1, "zero0", 2, 4),
     # These only continue what others began.
-    "1 rank ZeRO-3, another micro-batch": Layout(1, "zero3", 8, 1),
-    "2 ranks ZeRO-3, offload": Layout(2, "zero3_offload", 1, 4),
+    "1 rank, ZeRO-3": Layout(1, "zero3", 8, 1),
+    "DP 2, ZeRO-3, offload": Layout(2, "zero3_offload", 1, 4),
 }
-SOURCES = tuple(LAYOUTS)[:5]
-ITSELF = [(name, name) for name in SOURCES]
-PAIRS = [
-    *itertools.permutations(SOURCES, 2),
-    ("1 rank ZeRO-3", "1 rank ZeRO-3, another micro-batch"),
-    ("2 ranks ZeRO-2", "2 ranks ZeRO-3, offload"),
-]
+TP_2, TP_4, DP_4, ONE, ONE_ZERO_3, OFFLOAD = LAYOUTS
+SOURCES = {"fp32": (TP_2, TP_4, DP_4, ONE), "bf16": (TP_2, TP_4, DP_4)}
+PAIRS = {
+    # From each to each other.
+    "fp32": list(itertools.permutations(SOURCES["fp32"], 2)),
+    "bf16": [(TP_4, DP_4), (DP_4, TP_2), (TP_2, ONE_ZERO_3), (DP_4, ONE), (TP_4, OFFLOAD)],
+}
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,16 @@ PRECISIONS = {
     "fp32": Precision(further=10, lr=3e-3, loss=1e-6, grad_norm=2e-6, state=3e-6),
     "bf16": Precision(further=30, lr=3e-4, loss=1e-3, grad_norm=1e-2, state=5e-2),
 }
-CHANGED = [(precision, *pair) for precision in PRECISIONS for pair in PAIRS]
-# Stage 0 is in fp32 whatever the run: once is enough.
-UNCHANGED = [
-    (precision, *pair) for precision in PRECISIONS for pair in ITSELF if precision == "fp32" or "stage 0" not in pair[0]
-]
+CHANGED = [(precision, *pair) for precision, pairs in PAIRS.items() for pair in pairs]
+BEGUN = [(precision, source) for precision, sources in SOURCES.items() for source in sources]
+# In bf16, and in more layouts: tests/checkpoint/test_engine_parity.py.
+UNCHANGED = [("fp32", source, source) for source in SOURCES["fp32"]]
 
 
 @pytest.fixture(scope="module")
 def small(tiny, tmp_path_factory) -> Path:
-    """`tiny` with biases, sizes that do not divide among the ranks, and logits so small that bf16 rounds them well."""
-    model = {"num_layers": 1, "hidden_size": 24, "ffn_hidden_size": 35, "bias": True, "tie_embeddings": True}
+    """`tiny` with biases, sizes that ZeRO can't divide, and logits so small that bf16 rounds them well."""
+    model = {"num_layers": 1, "hidden_size": 24, "ffn_hidden_size": 44, "bias": True, "tie_embeddings": True}
     changed = {
         "model": tiny["model"] | model | {"init_std": 0.05},
         "optimizer": tiny["optimizer"] | {"weight_decay": WEIGHT_DECAY},
@@ -109,7 +110,7 @@ def runs(small, pretrain_in_turn, tmp_path_factory) -> Path:
     """
     base = tmp_path_factory.mktemp("runs")
     begin, go_on = [], []
-    for precision, source in itertools.product(PRECISIONS, SOURCES):
+    for precision, source in BEGUN:
         folder, steps = base / precision / source, PRECISIONS[precision].steps
         begin.append((source, arguments(small, precision, source, folder / "stopped", STOP), None))
         begin.append((source, arguments(small, precision, source, folder / "uninterrupted", steps), None))
@@ -148,6 +149,9 @@ def arguments(preset: Path, precision: str, name: str, run_dir: Path, steps: int
         "train.micro_batch_size": layout.micro_batch_size,
         "optimizer.lr": settings.lr,
     }
+    if layout.tensor_parallel > 1:
+        overrides["parallel.tensor_parallel_size"] = layout.tensor_parallel
+        overrides["parallel.sequence_parallel"] = json.dumps(layout.sequence_parallel)
     options = ["--preset", preset, "--ds_config", engine, "--run_dir", run_dir]
     return [*options, *(f"{key}={value}" for key, value in overrides.items())]
 
@@ -196,11 +200,13 @@ def test_the_same_layout_goes_on_bit_for_bit(runs, numbers, precision, source, t
 
 @pytest.mark.parametrize(("precision", "source", "target"), CHANGED + UNCHANGED)
 def test_what_is_restored_is_what_was_saved_bit_for_bit(runs, precision, source, target):
-    """From every layout to every other: weights, moments, step counts and decay, as the target's engine holds them."""
+    """Weights, moments, step counts and decay, as the target's engine holds them; and where the run is in its data."""
     folder = runs / precision / source
     saved = checkpoint(folder / "stopped" / "checkpoints", STOP)
     assert all(saved.read(name, kind).any() for kind in KINDS for name in saved.shapes), "nothing to compare"
-    assert_same_bits(checkpoint(folder / target / "restored", STOP), saved)
+    restored = checkpoint(folder / target / "restored", STOP)
+    assert_same_bits(restored, saved)
+    assert restored.global_state == saved.global_state
 
 
 @pytest.mark.parametrize(("precision", "source", "target"), CHANGED)
@@ -243,6 +249,7 @@ def test_the_runs_were_in_the_layouts_named(runs, precision, source, target):
         layout = LAYOUTS[name]
         facts, engine = (json.loads((run_dir / f"{file}.json").read_text()) for file in ("environment", "engine"))
         assert (facts["ranks"], facts["precision"]) == (layout.ranks, layout.precision(precision))
+        assert facts["tensor_parallel_ranks"] == layout.tensor_parallel
         assert engine["gradient_accumulation_steps"] == layout.accumulation_steps
         zero = engine["zero_optimization"]
         assert f"zero{zero['stage']}{'_offload' if 'offload_optimizer' in zero else ''}" == layout.engine
@@ -251,8 +258,7 @@ def test_the_runs_were_in_the_layouts_named(runs, precision, source, target):
         }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(("precision", "source"), BEGUN)
 def test_the_uninterrupted_runs_clip_and_learn(runs, metrics, precision, source):
     """Else nothing would depend on the moments."""
     records = metrics(runs / precision / source / "uninterrupted")
