@@ -29,6 +29,11 @@ _DEFAULT = {
 _OWNED_BY_RUN = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _HALF = ("bf16", "fp16")
 
+# Keys of zero_optimization, and the values that switch them off, for which DeepSpeed cuts the ranks into blocks of its
+# own, one after the other, whatever the mpu says. Tensor-parallel ranks lie side by side: such a block would mix the
+# weights or gradients of different parts of the model.
+_BLOCKS_OF_RANKS = {"zero_hpz_partition_size": 1, "zero_quantized_gradients": False}
+
 # DeepSpeed's own defaults of dynamic loss scaling, written out so that the recorded engine config shows them.
 _LOSS_SCALING = {
     "loss_scale": 0,  # dynamic
@@ -123,11 +128,12 @@ def resolve_engine_config(
     """The dict for deepspeed.initialize: `raw` with everything filled in that the run decides.
 
     `precision` is what `requested_precision` returned, `batch` what `resolve_batch` returned. `raw` is left as it is.
-    Raises UserError where the engine config contradicts the run config.
+    Raises UserError where the engine config contradicts the run config, or cannot do what that asks for.
     """
     check_engine_config(raw)
     assert precision == requested_precision(raw, precision, auto=lambda: precision)
     assert run.train.global_batch_size == batch.micro_batch_size * batch.accumulation_steps * data_parallel_size
+    _check_tensor_parallel(raw, run.parallel.tensor_parallel_size)
     engine = copy.deepcopy(raw)
     stage = zero_stage(raw)
 
@@ -159,6 +165,16 @@ def resolve_engine_config(
     # DeepSpeed's throughput timer is on by default and waits for the device in every micro-step; ours does not.
     engine.setdefault("timers", {}).setdefault("throughput", {}).setdefault("enabled", False)
     return engine
+
+
+def _check_tensor_parallel(raw: dict[str, Any], size: int) -> None:
+    zero = raw.get("zero_optimization", {})
+    for key, off in _BLOCKS_OF_RANKS.items():
+        if size > 1 and zero.get(key, off) != off:
+            raise UserError(
+                f"Engine config: zero_optimization.{key} does not go with parallel.tensor_parallel_size={size}: "
+                "DeepSpeed 0.19.8 would group ranks that hold different parts of the model; remove the one or the other"
+            )
 
 
 def zero_stage(raw: dict[str, Any]) -> int:

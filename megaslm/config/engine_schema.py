@@ -187,7 +187,6 @@ _CHECKPOINT = "megaslm writes its own checkpoints: see checkpoint.* of the run c
 _MASTER = "megaslm keeps fp32 master weights and moments"
 _DEPRECATED_OFFLOAD = 'deprecated; write "offload_optimizer": {"device": "cpu"} or "offload_param": {"device": "cpu"}'
 _NO_EXPERTS = "megaslm has no experts to place"
-_SHARDING = "megaslm shards the model itself"
 _NO_EFFECT = "DeepSpeed 0.19.8 reads it without effect"
 
 # Keys of DeepSpeed that would fight with megaslm's own part, or do nothing in it.
@@ -212,8 +211,8 @@ REFUSED = {
     "pipeline": "megaslm has no pipeline parallelism",
     "scheduler": "say it in the run config: schedule.*",
     "seq_parallel_communication_data_type": "megaslm does not use DeepSpeed's sequence parallelism",
-    "sequence_parallel_size": "megaslm does not use DeepSpeed's sequence parallelism",
-    "tensor_parallel": _SHARDING,
+    "sequence_parallel_size": "megaslm does not use DeepSpeed's; see parallel.sequence_parallel of the run config",
+    "tensor_parallel": "say it in the run config: parallel.tensor_parallel_size",
     "tensorboard": _MONITOR,
     "torch_autocast": 'a run is in one precision; take the bf16 or fp16 block, or "train.precision" of the run config',
     "use_data_before_expert_parallelism": _NO_EXPERTS,

@@ -57,6 +57,11 @@ ACTS_WHEN: tuple[tuple[tuple[str, ...], _Acts, str], ...] = (
         lambda c: c.eval.sample_tokens,
         "eval.sample_tokens is 0",
     ),
+    (
+        ("parallel.sequence_parallel",),
+        lambda c: c.parallel.tensor_parallel_size > 1,
+        "parallel.tensor_parallel_size is 1",
+    ),
     (("logging.wandb_project",), lambda c: c.logging.wandb != "off", "logging.wandb is off"),
 )
 

@@ -326,6 +326,21 @@ class TrainConfig(Section):
     """torch.compile every block. Where it can't (no compiler), the run says so and goes on without."""
 
 
+class ParallelConfig(Section):
+    """How the model is cut over the ranks. It changes no numbers: a run may continue with any other values."""
+
+    tensor_parallel_size: int = Field(1, ge=1)
+    """Ranks that hold one copy of the model together, side by side on a node: each has a part of every matrix's rows or
+    columns. The rest of the parallelism is over the data: ranks / tensor_parallel_size copies. It must divide the
+    number of ranks, num_heads, ffn_hidden_size and the padded vocabulary, and divide num_kv_heads or be a multiple of
+    it. For models or sequences that do not fit on one device; it costs two reductions of the activations in every
+    block, forward and backward."""
+    sequence_parallel: bool = False
+    """With tensor_parallel_size above 1: between the matrices, in norms and in the residual stream, each of its ranks
+    holds a part of every sequence and not all of it. Less memory for the same communication; data.seq_length must be a
+    multiple of tensor_parallel_size."""
+
+
 class EvalConfig(Section):
     """Evaluation on the validation tokens, and a sample of generated text."""
 
@@ -402,6 +417,7 @@ class RunConfig(Section):
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -433,6 +449,13 @@ class RunConfig(Section):
             )
         if not (self.train.max_steps or self.train.max_tokens or self.train.max_epochs):
             raise ValueError("one of train.max_steps, train.max_tokens and train.max_epochs must be given")
+        if self.parallel.sequence_parallel and self.seq_length % self.parallel.tensor_parallel_size:
+            raise ValueError(
+                f"parallel.sequence_parallel cuts sequences of {self.seq_length} tokens "
+                f"({'data.seq_length' if self.data.seq_length else 'model.context_length'}) into "
+                f"parallel.tensor_parallel_size={self.parallel.tensor_parallel_size} equal parts, which it can't; take "
+                "another length, another size, or parallel.sequence_parallel=false"
+            )
         if self.data.order == "megatron" and self.train.max_epochs:
             raise ValueError(
                 "data.order=megatron is built for a number of samples, and train.max_epochs gives none: "

@@ -14,15 +14,19 @@ import torch.distributed as dist
 
 from megaslm.errors import UserError
 from megaslm.parallel import host
+from megaslm.parallel.groups import Group, ModelParallelUnit, build_groups
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all of them. `host_group` is the gloo group of host.py.
+    """This process among all of them.
 
-    `launched`: a launcher started this process, and it should not outlive it.
+    host_group: the gloo group of host.py.
+    launched: a launcher started this process, and it should not outlive it.
+    tensor_parallel: the ranks that hold one model together; they read the same samples.
+    data_parallel: the ranks that hold the same part of it, and read other samples.
     """
 
     rank: int
@@ -33,6 +37,8 @@ class Ranks:
     num_threads: int
     host_group: dist.ProcessGroup
     launched: bool
+    tensor_parallel: Group
+    data_parallel: Group
 
     @property
     def is_first(self) -> bool:
@@ -40,15 +46,23 @@ class Ranks:
 
     @property
     def data_parallel_rank(self) -> int:
-        return self.rank
+        return self.data_parallel.rank
 
     @property
     def data_parallel_size(self) -> int:
-        return self.world_size
+        return self.data_parallel.size
+
+    @property
+    def mpu(self) -> ModelParallelUnit | None:
+        """For `deepspeed.initialize`; None where every rank has the whole model."""
+        return ModelParallelUnit(self.tensor_parallel, self.data_parallel) if self.tensor_parallel.size > 1 else None
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Element-wise sum of a small tensor over the data-parallel ranks, computed on the host in float64."""
-        total = values.detach().to("cpu", torch.float64)
+        """Element-wise sum of a small tensor over the data-parallel ranks, on all ranks, computed on the host in
+        float64. Of the ranks that hold one model together, which have the same values, the first's are taken."""
+        total = values.detach().to("cpu", torch.float64, copy=True)
+        if self.tensor_parallel.rank > 0:
+            total.zero_()
         if self.world_size > 1:
             dist.all_reduce(total, group=self.host_group)
         return total
@@ -59,10 +73,23 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def init_distributed() -> Ranks:
-    """Join the process group through DeepSpeed, choose the device and give every CPU rank its share of the cores."""
+def init_distributed(tensor_parallel_size: int = 1) -> Ranks:
+    """Join the process group through DeepSpeed, choose the device and give every CPU rank its share of the cores.
+
+    In a process that has joined already, make the groups of these ranks anew, of another size if need be. Collective.
+
+    Raises:
+        UserError: the ranks can't be divided by `tensor_parallel_size`; more of them than GPUs; a launcher's
+            environment that is incomplete.
+    """
     launched = _complete_environment()
     rank, world_size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if world_size % tensor_parallel_size:
+        raise UserError(
+            f"parallel.tensor_parallel_size={tensor_parallel_size} needs a multiple of {tensor_parallel_size} ranks, "
+            f"and there {'is' if world_size == 1 else 'are'} {world_size}: start another number of them "
+            "(deepspeed --num_gpus N), or take a size that divides it"
+        )
     # torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
     if torch.cuda.is_available():
@@ -97,7 +124,8 @@ def init_distributed() -> Ranks:
     )
     host_group = host.new_group()
     host.set_group(host_group)
-    return Ranks(rank, world_size, local_rank, local_world_size, device, num_threads, host_group, launched)
+    groups = build_groups(rank, world_size, tensor_parallel_size)
+    return Ranks(rank, world_size, local_rank, local_world_size, device, num_threads, host_group, launched, *groups)
 
 
 def _complete_environment() -> bool:

@@ -38,7 +38,7 @@ def new_group() -> dist.ProcessGroup | None:
 @contextlib.contextmanager
 def using(group: dist.ProcessGroup | None) -> Iterator[None]:
     """In this thread alone, send the messages over `group`."""
-    before = _current()
+    before = current_group()
     _of_thread.group = group
     try:
         yield
@@ -46,7 +46,8 @@ def using(group: dist.ProcessGroup | None) -> Iterator[None]:
         _of_thread.group = before
 
 
-def _current() -> dist.ProcessGroup | None:
+def current_group() -> dist.ProcessGroup | None:
+    """What the messages of this thread go over; None: the default group."""
     return getattr(_of_thread, "group", _group)
 
 
@@ -69,7 +70,7 @@ def gather(value: Any) -> list[Any]:
     if not _grouped():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_current())
+    dist.all_gather_object(values, value, group=current_group())
     return values
 
 
@@ -78,7 +79,7 @@ def broadcast(value: Any) -> Any:
     if not _grouped():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=_current())
+    dist.broadcast_object_list(box, src=0, group=current_group())
     return box[0]
 
 

@@ -19,7 +19,7 @@ from megaslm.config import OptimizerConfig, RunConfig, offloads_optimizer, zero_
 from megaslm.data import IGNORED_TARGET
 from megaslm.errors import UserError, first_line
 from megaslm.model import LanguageModel
-from megaslm.parallel import Ranks
+from megaslm.parallel import Ranks, clip_gradients_
 from megaslm.training.batches import MicroBatch
 
 
@@ -71,16 +71,25 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) ->
 
 
 def compile_blocks(
-    model: LanguageModel, micro_batch_size: int, seq_length: int, dtype: torch.dtype, mask_documents: bool = False
+    model: LanguageModel,
+    micro_batch_size: int,
+    seq_length: int,
+    dtype: torch.dtype,
+    mask_documents: bool = False,
+    sequence_parts: int = 1,
 ) -> str | None:
     """Switch torch.compile on for every block. Returns None, or the reason why it stays off.
 
-    One block is tried first, forward and backward, on a copy: a missing compiler shows here and not in the run.
+    One block is tried first, forward and backward, on a copy: a missing compiler shows here and not in the run. The
+    blocks of a sharded model talk to each other there: all ranks call it.
+
+    sequence_parts: of so many parts of a sequence, the residual stream has one (sequence parallelism).
     """
     blocks = model.decoder.blocks
     trial = copy.deepcopy(blocks[0]).to(dtype)
     device = next(trial.parameters()).device
-    x = torch.randn(micro_batch_size, seq_length, model.config.hidden_size, dtype=dtype, device=device)
+    shape = micro_batch_size, seq_length // sequence_parts, model.config.hidden_size
+    x = torch.randn(shape, dtype=dtype, device=device)
     positions = documents = None
     if mask_documents:
         positions = torch.arange(seq_length, dtype=torch.int32, device=device).repeat(micro_batch_size, 1)
@@ -114,6 +123,7 @@ class TrainingEngine:
         self._stage = zero_stage(engine_config)
         self._clipping = run.optimizer.gradient_clipping
         self._masked_targets = masked_targets
+        self._tensor_parallel = ranks.tensor_parallel
         self._tokens_per_step = run.tokens_per_step
         self._gradient_scale = (
             engine_config["gradient_accumulation_steps"] * ranks.data_parallel_size / self._tokens_per_step
@@ -124,7 +134,10 @@ class TrainingEngine:
         # DeepSpeed prints its memory use here, past its logger.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=engine_config)
+            deepspeed.utils.groups.mpu = ranks.mpu  # else that of an earlier engine stays where this one has none
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=engine_config, mpu=ranks.mpu
+            )
 
     @property
     def model(self) -> LanguageModel:
@@ -168,7 +181,7 @@ class TrainingEngine:
 
     def _clip_gradients(self) -> None:
         """Stage 0: clip to the global L2 norm; a step whose gradient is not finite is left out and counted."""
-        norm = nn.utils.clip_grad_norm_(list(self.model.parameters()), self._clipping or math.inf)
+        norm = clip_gradients_(self.model.parameters(), self._clipping or math.inf, self._tensor_parallel)
         self._own_grad_norm = norm
         skip = (~norm.isfinite()).float()
         self._own_skipped_steps += skip

@@ -246,8 +246,8 @@ class Training:
         """Of the model as it is now; None, with a warning, where a device has no room for it. Collective.
 
         A save must not fail for want of it. Where all ranks run out of memory, as they do, being alike, they agree
-        here. Under ZeRO-3 one that does alone leaves the others waiting for its part of the weights, until the backend
-        ends the process; nothing short of that can call them back.
+        here. Under ZeRO-3 or tensor parallelism one that does alone leaves the others waiting for its part, until the
+        backend ends the process; nothing short of that can call them back.
         """
         fingerprint = None
         try:

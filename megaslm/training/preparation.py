@@ -32,7 +32,7 @@ from megaslm.data import (
 )
 from megaslm.errors import UserError
 from megaslm.evaluation import open_run_validation
-from megaslm.parallel import Ranks, host
+from megaslm.parallel import Ranks, check_sizes, host
 from megaslm.training.device import check_precision, choose_kernels, preferred_precision
 
 T = TypeVar("T")
@@ -100,7 +100,9 @@ def make_plan(run: RunConfig, engine_file: dict, options: Options, ranks: Ranks)
     engine_config = resolve_engine_config(
         engine_file, run=run, precision=precision, batch=batch, data_parallel_size=ranks.data_parallel_size
     )
+    check_sizes(run.model, ranks.tensor_parallel.size)
     run, data = prepare_data(run, say)
+    check_sizes(run.model, ranks.tensor_parallel.size)  # with the vocabulary
     steps = total_steps(run, data.training.samples_per_epoch)
     return Plan(run, engine_config, options, ranks, data, batch, precision, ops, steps, say)
 

@@ -68,9 +68,9 @@ def header(plan: Plan, compiled: str) -> str:
         ("data", f"{data.training.tokens_per_epoch:,} training tokens{_padding(data.training)} in {order}, "
                  f"{validation} targets"
                  + (", documents apart" if run.data.mask_documents else "")),
-        ("layout", f"{ranks.world_size} x {device_name(ranks.device)}, ZeRO {zero_stage(plan.engine_config)}, "
-                   f"micro-batch {layout.micro_batch_size} x {layout.accumulation_steps} accumulation "
-                   f"x {ranks.data_parallel_size} data parallel"),
+        ("layout", f"{ranks.world_size} x {device_name(ranks.device)}{_model_parallel(plan)}, "
+                   f"ZeRO {zero_stage(plan.engine_config)}, micro-batch {layout.micro_batch_size} "
+                   f"x {layout.accumulation_steps} accumulation x {ranks.data_parallel_size} data parallel"),
         ("backends", f"kernels {plan.ops.backend}, {torch.distributed.get_backend()}, optimizer {run.optimizer.type}, "
                      f"compile {compiled}, {ranks.num_threads} threads a rank"),
         ("precision", plan.precision),
@@ -84,6 +84,13 @@ def header(plan: Plan, compiled: str) -> str:
         rows.append(("blend", f"{shares} of the samples, in the order of data.train"))
     rows += [("note", note) for note in _notes(plan)]
     return format_table(f"{run.name}: {run.description}" if run.description else run.name, rows)
+
+
+def _model_parallel(plan: Plan) -> str:
+    ranks, along = plan.ranks, ", sequence parallel" if plan.run.parallel.sequence_parallel else ""
+    if ranks.tensor_parallel.size == 1:
+        return ""
+    return f" ({ranks.data_parallel_size} data parallel x {ranks.tensor_parallel.size} tensor parallel{along})"
 
 
 def _padding(data: TrainingData | ValidationData) -> str:
@@ -104,6 +111,12 @@ def _notes(plan: Plan) -> list[str]:
         notes.append(
             "documents are kept apart by a mask; flash attention, which is faster, needs bf16 or fp16, sm_80 or later, "
             "and heads of a multiple of 8 up to 256"
+        )
+    size, on_a_node = plan.ranks.tensor_parallel.size, plan.ranks.local_world_size
+    if on_a_node % size:
+        notes.append(
+            f"{size} tensor-parallel ranks do not lie on one node, which has {on_a_node}: every block waits for the "
+            "network between nodes; prefer a parallel.tensor_parallel_size that divides the ranks of a node"
         )
     per_rank = plan.run.train.global_batch_size // plan.ranks.data_parallel_size
     if plan.layout.micro_batch_size < min(micro, per_rank):

@@ -9,7 +9,7 @@ from megaslm.checkpoint import Checkpoint, check_engine, clear_leftovers
 from megaslm.config import RunConfig, zero_stage
 from megaslm.errors import UserError, first_line
 from megaslm.model import DTYPES, build_model
-from megaslm.parallel import host, init_distributed
+from megaslm.parallel import check_sizes, check_tags, host, init_distributed, shard_model
 from megaslm.training import report
 from megaslm.training.engine import TrainingEngine, compile_blocks
 from megaslm.training.loop import Training, dry_run
@@ -27,7 +27,7 @@ def train(run: RunConfig, engine_file: dict, options: Options) -> None:
     Every rank calls this. Raises UserError for what a user can mend.
     """
     joined_here = not torch.distributed.is_initialized()
-    ranks = init_distributed()
+    ranks = init_distributed(run.parallel.tensor_parallel_size)
     plan = make_plan(run, engine_file, options, ranks)
     with RunLock(options.run_dir) as lock:
         # Before the look at what it holds: a run that is about to end may still save there.
@@ -59,15 +59,19 @@ def tidy_finished(plan: Plan, checkpoint: Checkpoint) -> None:
 
 
 def build_engine(plan: Plan) -> tuple[TrainingEngine, str]:
-    """Model with its initial weights, compiled where asked for, inside the engine; and how compilation went."""
+    """Model with its initial weights, sharded and compiled where asked for, inside the engine; and how compilation
+    went. Collective."""
     run, ranks = plan.run, plan.ranks
     model = build_model(run.model, run.train.seed, ranks.device, plan.ops)
+    shard_model(model, ranks.tensor_parallel, run.parallel.sequence_parallel)
+    check_tags(model)
     model.decoder.activation_checkpointing = run.train.activation_checkpointing
     model.head.z_loss = run.train.z_loss
     compiled = "off"
     if run.train.compile:
+        parts = ranks.tensor_parallel.size if run.parallel.sequence_parallel else 1
         failure = compile_blocks(
-            model, plan.layout.micro_batch_size, run.seq_length, DTYPES[plan.precision], run.data.mask_documents
+            model, plan.layout.micro_batch_size, run.seq_length, DTYPES[plan.precision], run.data.mask_documents, parts
         )
         failures = [reason for reason in host.gather(failure) if reason is not None]
         if failures:
@@ -101,16 +105,31 @@ def understood_errors(plan: Plan) -> Iterator[None]:
 def out_of_memory(plan: Plan, error: Exception) -> UserError:
     """What to lower, in the order that costs least."""
     run, micro = plan.run, plan.layout.micro_batch_size
+    parallel, size = run.parallel, plan.ranks.tensor_parallel.size
     advice = []
+    if size > 1 and not parallel.sequence_parallel and run.seq_length % size == 0:
+        advice.append("parallel.sequence_parallel=true")
     if micro > 1:
         advice.append(f"train.micro_batch_size={micro // 2} (the global batch stays the same)")
     if not run.train.activation_checkpointing:
         advice.append("train.activation_checkpointing=true")
     if zero_stage(plan.engine_config) < 3:
         advice.append("--ds_config ds_configs/zero3.json (or zero3_offload.json)")
+    advice += _more_tensor_parallel(plan)
     advice.append(f"data.seq_length={run.seq_length // 2}")
     return UserError(
         f"rank {plan.ranks.rank} ran out of memory with micro-batch {micro} x {run.seq_length} tokens; "
         f"lower: {'; '.join(advice)}. ({first_line(error)})",
         on_one_rank=True,
     )
+
+
+def _more_tensor_parallel(plan: Plan) -> list[str]:
+    """The next larger tensor-parallel size that the model, the ranks and the length allow, if there is one."""
+    ranks, size = plan.ranks, plan.ranks.tensor_parallel.size
+    for larger in range(2 * size, ranks.world_size + 1, size):
+        with contextlib.suppress(UserError):
+            check_sizes(plan.run.model, larger)
+            if ranks.world_size % larger == 0 and plan.run.seq_length % larger == 0:
+                return [f"parallel.tensor_parallel_size={larger} parallel.sequence_parallel=true"]
+    return []

@@ -46,6 +46,8 @@ def environment(ranks: Ranks, precision: str, kernels: str) -> dict:
         "platform": platform.platform(),
         "device": device_name(ranks.device),
         "ranks": ranks.world_size,
+        "data_parallel_ranks": ranks.data_parallel_size,
+        "tensor_parallel_ranks": ranks.tensor_parallel.size,
         "ranks_on_this_machine": ranks.local_world_size,
         "threads_per_rank": ranks.num_threads,
         "precision": precision,

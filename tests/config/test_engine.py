@@ -313,3 +313,19 @@ def test_what_the_user_says_about_mechanics_stays():
     }
     resolved = resolve(raw)
     assert all(resolved[key] == value for key, value in raw.items())
+
+
+# --- tensor parallelism ---
+
+
+def test_the_tensor_parallel_size_stands_in_the_run_config():
+    message = refusal({"tensor_parallel": {"autotp_size": 2}})
+    assert "tensor_parallel: say it in the run config: parallel.tensor_parallel_size" in message
+
+
+@pytest.mark.parametrize("keys", [{"zero_hpz_partition_size": 8}, {"zero_quantized_gradients": True}])
+def test_what_groups_ranks_side_by_side_does_not_go_with_tensor_parallelism(keys):
+    (key,) = keys
+    assert resolve(zero(3, **keys))["zero_optimization"][key] == keys[key]
+    with pytest.raises(UserError, match=rf"zero_optimization.{key} does not go with parallel.tensor_parallel_size=2"):
+        resolve(zero(3, **keys), run=load_run_config("slm_tiny", ["parallel.tensor_parallel_size=2"]))

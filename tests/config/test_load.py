@@ -194,6 +194,10 @@ def test_wrong_values_name_the_key_the_value_and_what_is_allowed(override, allow
         (["model.rope_scaling_factor=2"], "rope_scaling_factor has no effect"),
         (["model.rope_scaling=ntk", "model.rope_original_context=64"], "rope_original_context has no effect"),
         (["tokenizer.type=char", "tokenizer.vocab_size=300"], "has no effect with type char"),
+        (
+            ["parallel.tensor_parallel_size=3", "parallel.sequence_parallel=true"],
+            "sequences of 1024 tokens (model.context_length) into parallel.tensor_parallel_size=3 equal parts",
+        ),
     ],
 )
 def test_contradictions(overrides, says):
@@ -214,6 +218,7 @@ def test_contradictions(overrides, says):
         ["tokenizer.unknown=refuse"],
         ["eval.sample_tokens=0", "eval.sample_temperature=1"],
         ["logging.wandb_project=x"],
+        ["parallel.sequence_parallel=true"],
     ],
 )
 def test_an_override_without_effect_is_an_error(overrides):

@@ -1,8 +1,11 @@
 """A packed token file, as tools/preprocess_data.py makes them, and a run in this process that is told to stop."""
 
 import contextlib
+import json
 import os
 import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,9 @@ import pytest
 from megaslm.data import TokenFile, TokenFileWriter, load_tokenizer
 from megaslm.training import TrainingEngine
 
+sys.path.insert(0, str(Path(__file__).parent))  # for layout_engines.py
+
+LAYOUTS_WORKER = Path(__file__).with_name("layouts_worker.py")
 PADDING = 1  # stands for the end-of-document token, which a character tokenizer has none of
 
 
@@ -32,6 +38,20 @@ def packed(corpus, tmp_path_factory) -> str:
         packing = {"length": 33, "bins": 96, "padding": padding, "eod_id": PADDING}
         writer.finish(packing=packing)
     return prefix
+
+
+@pytest.fixture(scope="session")
+def train_layouts(fork_ranks, tmp_path_factory):
+    """train_layouts(cases, world_size) -> {name: what the ranks agree that they saw}; see layouts_worker.py."""
+
+    def train(cases: dict[str, dict], world_size: int) -> dict[str, dict]:
+        folder = tmp_path_factory.mktemp("layouts")
+        (folder / "cases.json").write_text(json.dumps(cases))
+        finished = fork_ranks(LAYOUTS_WORKER, [folder / "cases.json", folder / "results.json"], world_size)
+        assert finished.code == 0, f"{finished.out}\n{finished.err}"
+        return json.loads((folder / "results.json").read_text())
+
+    return train
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from megaslm.checkpoint import open_checkpoint
 from megaslm.config import load_run_config
 from megaslm.data import TrainingData, ValidationData, load_tokenizer
 from megaslm.model import LanguageModel, initialize_parameters
+from megaslm.parallel import ALONE
 from megaslm.training import report
 
 
@@ -78,7 +79,9 @@ def test_a_mask_instead_of_flash_attention_is_noted(preset, monkeypatch, mask_do
     monkeypatch.setattr(report, "separates_by_flash", lambda *_: flash)
     plan = SimpleNamespace(
         run=run, steps=10**6, precision="bf16", layout=SimpleNamespace(micro_batch_size=run.train.micro_batch_size),
-        ranks=SimpleNamespace(device=torch.device(device), data_parallel_size=1),
+        ranks=SimpleNamespace(
+            device=torch.device(device), data_parallel_size=1, local_world_size=1, tensor_parallel=ALONE
+        ),
     )  # fmt: skip
     assert ["kept apart by a mask" in note for note in report._notes(plan)] == [True] * noted
 

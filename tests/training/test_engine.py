@@ -3,6 +3,7 @@
 import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import deepspeed
 import pytest
@@ -13,11 +14,14 @@ from deepspeed.accelerator import get_accelerator
 from megaslm.config import load_engine_config, load_run_config, resolve_batch, resolve_engine_config
 from megaslm.data import TrainingData, load_tokenizer
 from megaslm.model import LanguageModel, initialize_parameters
+from megaslm.parallel import Group
 from megaslm.training.batches import MicroBatch, StepBatches
 from megaslm.training.engine import TrainingEngine, parameter_groups
+from megaslm.training.run import out_of_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = (0, 1, 2, 3)
+SIZE_2 = ["parallel.tensor_parallel_size=2"]
 
 
 class Setting:
@@ -234,4 +238,31 @@ def test_out_of_memory_says_what_to_lower(command, preset, monkeypatch, tmp_path
     assert "out of memory" in message
     for advice in ("train.micro_batch_size=1", "train.activation_checkpointing=true", "zero3", "data.seq_length=16"):
         assert advice in message
+    assert "parallel" not in message, "there is one rank"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "advised"),
+    [
+        ([], 4, ["parallel.tensor_parallel_size=2 parallel.sequence_parallel=true"]),
+        ([], 3, []),  # of four heads
+        (
+            ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"],
+            8,
+            ["parallel.tensor_parallel_size=4"],
+        ),
+        (SIZE_2, 2, ["parallel.sequence_parallel=true"]),
+        (["parallel.tensor_parallel_size=4", "parallel.sequence_parallel=true"], 8, []),
+    ],
+)
+def test_out_of_memory_advises_tensor_parallelism_that_fits(preset, overrides, world_size, advised):
+    run = load_run_config(preset, [*overrides, "model.vocab_size=90"])
+    size = run.parallel.tensor_parallel_size
+    plan = SimpleNamespace(
+        run=run, engine_config={}, layout=SimpleNamespace(micro_batch_size=1),
+        ranks=SimpleNamespace(rank=0, world_size=world_size, tensor_parallel=Group(0, tuple(range(size)), None)),
+    )  # fmt: skip
+    message = str(out_of_memory(plan, torch.OutOfMemoryError("out of memory")))
+    assert ("parallel." in message) == bool(advised)
+    assert all(advice in message for advice in advised)
