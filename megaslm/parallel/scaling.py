@@ -1,0 +1,206 @@
+"""Step times on paper: compute and communication of a preset on nodes of 8 H200, and the layout to take.
+
+Computed from formulas and the assumptions that are the constants here: nothing of it was measured. docs/scaling.md has
+the tables, and says what they are good for.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from megaslm.config import ModelConfig, RunConfig, load_run_config, resolve_batch
+from megaslm.errors import UserError
+from megaslm.model import count_parameters, flops_per_token
+from megaslm.parallel.communication import Collective, Layout, rank_parameters, step_collectives
+from megaslm.parallel.sharding import check_sizes
+from megaslm.parallel.traffic import wire_bytes
+
+PRESETS = ("megaslm_125m", "megaslm_350m", "megaslm_760m", "megaslm_1.2b", "megaslm_3b", "neox_1.2b", "sab_3b")
+NODES = (1, 2, 4, 8, 16, 32, 64)
+TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
+
+GPUS_PER_NODE = 8
+GPU_BYTES = 141e9
+PEAK_FLOPS = 989e12
+"""Dense bf16 of one H200 (NVIDIA's datasheet)."""
+UTILIZATION = 0.40
+"""Assumed share of the peak that a step reaches while it computes, by the definition of flops_per_token."""
+NVLINK = 370e9
+"""Bytes/s that a GPU sends within its node: of the line rate of 450e9, what NCCL's rings get (nccl-tests issue 212)."""
+INFINIBAND = 46e9
+"""Bytes/s that a GPU's own NDR port sends: of 50e9, what NCCL gets (nccl-tests issue 290)."""
+TIMES = (
+    "nodes", "state, GB", "compute", "Z1", "Z2", "Z3", "TP 2", "TP 4", "TP 8", "step", "computing", "recommended",
+)  # fmt: skip
+VOLUMES = ("preset", "Z1", "Z2", "Z3", "Z1, port", "TP 2", "TP 4", "TP 8")
+CALL_SECONDS = {"node": 20e-6, "network": 50e-6}
+"""Assumed time of a collective on almost nothing. On two nodes 46 us were measured (nccl issue 1244)."""
+STATE_SHARE = 0.6
+"""Of a GPU's memory, what weights, gradients and moments may take; the rest is for activations."""
+DOUBLING_GAINS = 0.9
+"""Twice the nodes are recommended where a step takes at most this share of the time."""
+WORTH_IT = 0.95
+"""A larger tensor-parallel size is recommended where it takes at most this share of the time: less is no difference."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One optimizer step in one layout. Seconds do not overlap: `total` is their sum."""
+
+    layout: Layout
+    compute: float
+    tensor_parallel: float
+    zero: float
+    state_bytes: float
+
+    @property
+    def communication(self) -> float:
+        return self.tensor_parallel + self.zero
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.communication
+
+
+def state_bytes(config: ModelConfig, layout: Layout) -> float:
+    """Bytes of weights, gradients and Adam's moments on one GPU, in bf16 with fp32 accumulation as in ds_configs/.
+
+    Of N parameters of a rank and d data-parallel ranks: ZeRO-1 holds 2 N of weights, 2 N of gradients as they come and
+    4 N as they are summed, ZeRO-2 4 N / d of the latter alone, ZeRO-3 so of the weights too; all of them have 12 N / d
+    of fp32 weights and moments. Stage 0 is fp32: 16 N. Without buckets, activations and what torch keeps.
+    """
+    total, ranks = sum(rank_parameters(config, layout.tensor_parallel_size)), layout.data_parallel_size
+    whole, sharded = {0: (16, 0), 1: (8, 12), 2: (2, 16), 3: (0, 18)}[layout.zero_stage]
+    return total * (whole + sharded / ranks)
+
+
+def estimate(run: RunConfig, nodes: int, tensor_parallel_size: int = 1, zero_stage: int = 1) -> Estimate | None:
+    """A step of `run`, whose vocabulary is known, in bf16; above size 1 with sequence parallelism.
+
+    None where the layout is not possible: sizes that do not divide, or fewer sequences than data-parallel ranks.
+    """
+    gpus = nodes * GPUS_PER_NODE
+    ranks = gpus // tensor_parallel_size
+    try:
+        check_sizes(run.model, tensor_parallel_size)
+        batch = resolve_batch(run.train.global_batch_size, run.train.micro_batch_size, ranks)
+    except UserError:
+        return None
+    layout = Layout(
+        micro_batch_size=batch.micro_batch_size,
+        accumulation_steps=batch.accumulation_steps,
+        seq_length=run.seq_length,
+        data_parallel_size=ranks,
+        tensor_parallel_size=tensor_parallel_size,
+        sequence_parallel=tensor_parallel_size > 1,
+        zero_stage=zero_stage,
+        activation_checkpointing=run.train.activation_checkpointing,
+    )
+    flops = flops_per_token(run.model, run.seq_length) * run.tokens_per_step
+    if run.train.activation_checkpointing:
+        flops *= 4 / 3  # the forward pass once more
+    seconds = {"tensor": 0.0, "data": 0.0}
+    for collective in step_collectives(run.model, layout):
+        seconds[collective.group] += _seconds(collective, layout, nodes)
+    return Estimate(
+        layout, flops / (gpus * PEAK_FLOPS * UTILIZATION), seconds["tensor"], seconds["data"],
+        state_bytes(run.model, layout),
+    )  # fmt: skip
+
+
+def _seconds(collective: Collective, layout: Layout, nodes: int) -> float:
+    """The slower of NVLink and InfiniBand, which a pipelined collective keeps busy at the same time."""
+    seconds = _sent(collective, layout) / NVLINK
+    if collective.group == "tensor" or nodes == 1:  # a tensor-parallel group lies within a node
+        return seconds + collective.calls * CALL_SECONDS["node"]
+    return max(seconds, _sent_by_port(collective, layout, nodes) / INFINIBAND) + (
+        collective.calls * CALL_SECONDS["network"]
+    )
+
+
+def _sent(collective: Collective, layout: Layout) -> float:
+    """Bytes that a GPU sends to the next of its group."""
+    return wire_bytes(collective.operation, layout.group_size(collective.group), collective.bytes)
+
+
+def _sent_by_port(collective: Collective, layout: Layout, nodes: int) -> float:
+    """Bytes that a GPU's own port sends to the next node: the ports of a group's GPUs share the payload."""
+    gpus = layout.group_size(collective.group) / nodes
+    return wire_bytes(collective.operation, nodes, collective.bytes / gpus)
+
+
+def recommend(run: RunConfig, nodes: int) -> Estimate | None:
+    """ZeRO-1 with the smallest tensor-parallel size that leaves room for activations, or a larger one that is clearly
+    faster. None: the batch has fewer sequences than there are ranks, whatever the size."""
+    best = None
+    for size in TENSOR_PARALLEL_SIZES:
+        one = estimate(run, nodes, size)
+        if one is None or one.state_bytes > STATE_SHARE * GPU_BYTES:
+            continue
+        if best is None or one.total < WORTH_IT * best.total:
+            best = one
+    return best
+
+
+def paper_tables() -> Iterator[str]:
+    """Lines of the Markdown tables of docs/scaling.md, which says what the columns are."""
+    runs = [_load(preset) for preset in PRESETS]
+    yield from _markdown(VOLUMES, [_volumes(run) for run in runs])
+    for preset, run in zip(PRESETS, runs, strict=True):
+        flops = flops_per_token(run.model, run.seq_length)
+        yield (
+            f"**{preset}**: {count_parameters(run.model) / 1e6:,.0f}M parameters, {flops / 1e9:.2f} GFLOP a token, "
+            f"{run.train.global_batch_size:,} sequences of {run.seq_length:,} a step, "
+            f"at most {run.train.micro_batch_size} a micro-batch"
+            + (", blocks recomputed" if run.train.activation_checkpointing else "")
+        )
+        yield ""
+        yield from _markdown(TIMES, [_times(run, nodes) for nodes in NODES])
+
+
+def _load(preset: str) -> RunConfig:
+    run = load_run_config(preset)
+    return run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": run.expected_vocab_size})})
+
+
+def _markdown(header: tuple[str, ...], rows: list[list[str]]) -> Iterator[str]:
+    for cells in (header, ["--:"] * len(header), *rows):
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+
+
+def _volumes(run: RunConfig) -> list[str]:
+    """GB that a GPU sends in a step on one node; with ZeRO-1 on 8 nodes by its port; and the tensor-parallel calls."""
+
+    def total(one: Estimate | None, group: str, sent: Callable[..., float], *nodes: int) -> str:
+        if one is None:
+            return "-"
+        mine = [c for c in step_collectives(run.model, one.layout) if c.group == group]
+        calls = f" in {sum(c.calls for c in mine):,}" if group == "tensor" else ""
+        return f"{sum(sent(c, one.layout, *nodes) for c in mine) / 1e9:,.1f}{calls}"
+
+    stages = [total(estimate(run, 1, zero_stage=stage), "data", _sent) for stage in (1, 2, 3)]
+    sizes = [total(estimate(run, 1, size), "tensor", _sent) for size in TENSOR_PARALLEL_SIZES[1:]]
+    return [run.name, *stages, total(estimate(run, 8), "data", _sent_by_port, 8), *sizes]
+
+
+def _times(run: RunConfig, nodes: int) -> list[str]:
+    """A row of the table of a preset; times are in ms."""
+    stages = [estimate(run, nodes, zero_stage=stage) for stage in (1, 2, 3)]
+    sizes = [estimate(run, nodes, size) for size in TENSOR_PARALLEL_SIZES[1:]]
+    possible = next((one for one in (stages[0], *sizes) if one is not None), None)
+    state = " / ".join(f"{one.state_bytes / 1e9:.1f}" for one in stages if one is not None)
+    cells = [str(nodes), state or "-", _ms(possible and possible.compute)]
+    cells += [_ms(one and one.communication) for one in (*stages, *sizes)]
+    best, with_half = recommend(run, nodes), recommend(run, nodes // 2) if nodes > 1 else None
+    cells += [_ms(best and best.total), f"{best.compute / best.total:.0%}" if best else "-"]
+    if best is None or (with_half is not None and best.total > DOUBLING_GAINS * with_half.total):
+        cells.append("a larger batch")
+    else:
+        layout = best.layout
+        size = f"TP {layout.tensor_parallel_size}, " if layout.tensor_parallel_size > 1 else ""
+        cells.append(f"{size}{layout.micro_batch_size} x {layout.accumulation_steps}")
+    return cells
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:,.1f}" if seconds < 0.1 else f"{1000 * seconds:,.0f}"

@@ -1,0 +1,72 @@
+"""The estimates of docs/scaling.md: by hand for one layout, and what they recommend."""
+
+from pathlib import Path
+
+import pytest
+
+from megaslm.config import load_run_config
+from megaslm.parallel import estimate, paper_tables, rank_parameters, recommend, scaling, state_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load(preset: str, *overrides: str):
+    run = load_run_config(preset, overrides)
+    return run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": run.expected_vocab_size})})
+
+
+def test_the_document_has_the_tables_that_the_command_prints():
+    document = (ROOT / "docs" / "scaling.md").read_text()
+    volumes, _, times = "\n".join(paper_tables()).partition("\n\n")
+    assert volumes in document and times.strip() in document
+    assert times.count("| 64 |") == len(scaling.PRESETS) == volumes.count("\n") - 1
+
+
+def test_a_step_of_zero_1_by_hand():
+    """megaslm_125m on one node and on two: 256 sequences of 2,048 tokens at 1.00 GFLOP each."""
+    run = load("megaslm_125m")
+    parameters = sum(rank_parameters(run.model))
+    assert parameters == pytest.approx(128e6, rel=0.01)
+    one, two = estimate(run, 1), estimate(run, 2)
+    assert one.compute == pytest.approx(256 * 2048 * 1.00e9 / (8 * 0.4 * 989e12), rel=0.01)
+    assert two.compute == pytest.approx(one.compute / 2)
+    # An all-reduce and an all-gather, in 1 + 2 calls: by NVLink, and by the port for an eighth from node to node.
+    assert one.zero == pytest.approx(2 * parameters * (2 + 1) * 7 / 8 / 370e9 + 3 * 20e-6)
+    by_nvlink, by_port = 2 * parameters * 3 * 15 / 16 / 370e9, 2 * parameters / 8 * 3 * 1 / 2 / 46e9
+    assert two.zero == pytest.approx(max(by_nvlink, by_port) + 3 * 50e-6)
+    assert one.state_bytes == pytest.approx(parameters * (8 + 12 / 8))
+    assert one.tensor_parallel == 0 and one.total == one.compute + one.zero
+
+
+def test_slow_ports_are_what_several_nodes_wait_for(monkeypatch):
+    run = load("megaslm_1.2b")
+    one, two = estimate(run, 1).zero, estimate(run, 2).zero
+    monkeypatch.setattr(scaling, "INFINIBAND", 1e9)
+    assert estimate(run, 1).zero == one
+    parameters = sum(rank_parameters(run.model))
+    assert estimate(run, 2).zero == pytest.approx(2 * parameters / 8 * 3 * 1 / 2 / 1e9 + 3 * 50e-6)
+    assert estimate(run, 2).zero > 10 * two
+
+
+def test_zero_1_alone_is_recommended_while_each_gpu_has_a_sequence():
+    for preset, nodes in (("megaslm_125m", 32), ("megaslm_1.2b", 64), ("megaslm_3b", 8), ("sab_3b", 8)):
+        assert recommend(load(preset), nodes).layout.tensor_parallel_size == 1
+
+
+def test_tensor_parallelism_is_recommended_where_the_batch_or_the_memory_asks_for_it(monkeypatch):
+    assert recommend(load("sab_3b"), 16).layout.tensor_parallel_size == 2  # 64 sequences, 128 GPUs
+    assert recommend(load("neox_1.2b"), 32) is None  # 16 sequences, 256 GPUs: not even 8 ranks for each
+    monkeypatch.setattr(scaling, "GPU_BYTES", 50e9)
+    assert recommend(load("sab_3b"), 1).layout.tensor_parallel_size == 4  # 69, 40 and 25 GB
+
+
+def test_a_layout_that_is_not_possible_has_no_estimate():
+    assert estimate(load("megaslm_125m"), 1, 8) is None  # 12 heads
+    assert estimate(load("megaslm_125m"), 64) is None  # 256 sequences, 512 GPUs
+
+
+def test_every_zero_stage_holds_less_than_the_one_before():
+    run = load("megaslm_3b")
+    held = [estimate(run, 1, zero_stage=stage).state_bytes for stage in (0, 1, 2, 3)]
+    assert held == sorted(held, reverse=True) and held[0] == 16 * sum(rank_parameters(run.model))
+    assert state_bytes(run.model, estimate(run, 1, 2).layout) == pytest.approx(held[1] / 2, rel=0.2)

@@ -1,0 +1,337 @@
+#!/usr/bin/env python3
+"""What parallelism costs on this machine: tensor parallelism and every ZeRO stage against one rank, in one run.
+
+    python tools/benchmark_parallel.py                                   a small network on 1, 2 and 4 ranks
+    python tools/benchmark_parallel.py --preset megaslm_1.2b --precision bf16 --world_sizes 1 8 --json FILE
+    python tools/benchmark_parallel.py --paper                           the tables of docs/scaling.md; measures nothing
+
+All layouts take the same optimizer step: the same network and global batch. One rank under ZeRO-1 is what they are
+compared with. A round goes through all of them, each with new processes; medians over the steps of all rounds, and the
+spread (half of the range between the quartiles). Printed for each layout:
+
+    ms          wall time of a step
+    CPU ms      processor time of a step, of all ranks together: the figure to look at where ranks share cores
+    host ms     processor time of a step on one rank, of a network with as many layers and weights, but at widths so
+                small that the arithmetic is next to nothing: what Python, hooks and messages cost, and a GPU waits for
+    calls, MB   collectives of a step on one rank and what it hands to them, MB sent: what a ring then sends. In the
+                data-parallel and the tensor-parallel group; by operation in the file of --json
+
+Ranks are processes of this machine: over gloo, with one thread each, or over NCCL with a GPU each.
+"""
+
+import argparse
+import json
+import os
+import platform
+import socket
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megaslm.commands import run_command
+from megaslm.config import RunConfig, load_engine_config, load_run_config, resolve_batch, resolve_engine_config
+from megaslm.errors import UserError
+from megaslm.reports import check_folder_of, table, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+PRESET = "slm_small"
+# Of the default preset: 6M parameters, whose step takes about half a second on two cores.
+SHAPE = [
+    "model.num_layers=4", "model.hidden_size=256", "model.head_dim=32", "model.ffn_hidden_size=1024",
+    "model.vocab_size=8000", "data.seq_length=128", "train.global_batch_size=8", "train.micro_batch_size=2",
+]  # fmt: skip
+# Of any: as many layers and weights, and hardly anything to multiply. ZeRO-3 would not shard weights so small.
+THIN = ["model.hidden_size=32", "model.head_dim=8", "model.vocab_size=128", "data.seq_length=16"]
+THIN_ENGINE = {"stage3_param_persistence_threshold": 0}
+QUICK = ["model.num_layers=1", "model.hidden_size=32", "model.head_dim=4", "data.seq_length=16"]
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """A layout to measure."""
+
+    world_size: int
+    stage: int
+    tensor_parallel_size: int = 1
+    sequence_parallel: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"{self.world_size} rank{'s' * (self.world_size > 1)}, ZeRO-{self.stage}"]
+        if self.tensor_parallel_size > 1:
+            parts.append(f"TP {self.tensor_parallel_size}")
+        return ", ".join(parts + ["SP"] * self.sequence_parallel)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", help=f"the network and the batch (default: {PRESET}, made smaller)")
+    add("--precision", default="fp32", choices=("fp32", "bf16"), help="arithmetic (default: fp32)")
+    add("--world_sizes", nargs="+", type=int, default=[1, 2, 4], metavar="N", help="ranks (default: 1 2 4)")
+    add("--rounds", type=int, default=3, metavar="N", help="times that each layout is started (default: 3)")
+    add("--steps", type=int, default=4, metavar="N", help="steps that are timed each time (default: 4)")
+    add("--quick", action="store_true", help="one step of a tiny network in three layouts, to see that it works")
+    add("--paper", action="store_true", help="print the tables of docs/scaling.md and leave")
+    add("--json", metavar="FILE", help="also write the figures there")
+    add("overrides", nargs="*", metavar="section.key=value", help="of the preset")
+    arguments = parser.parse_intermixed_args()
+    if arguments.quick:
+        arguments.world_sizes, arguments.rounds, arguments.steps = [2], 1, 1
+    for name, value in [
+        ("rounds", arguments.rounds),
+        ("steps", arguments.steps),
+        *(("world_sizes", n) for n in arguments.world_sizes),
+    ]:
+        if value < 1:
+            raise UserError(f"--{name} {value}: give 1 or more")
+    if arguments.json:
+        check_folder_of(arguments.json, "--json")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.paper:
+        from megaslm.parallel import paper_tables
+
+        print("\n".join(paper_tables()))
+        return
+    import torch
+
+    # Asks the driver's management library: a fork of a process that has asked the driver itself can't use it.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    gpus = torch.cuda.device_count()
+    if gpus and max(arguments.world_sizes) > gpus:
+        raise UserError(f"--world_sizes {max(arguments.world_sizes)}: this machine has {gpus} GPUs, one for each rank")
+    overrides = [*([] if arguments.preset else SHAPE), *(QUICK if arguments.quick else []), *arguments.overrides]
+    if not gpus:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silence
+    arrangements = choose_arrangements({1, *arguments.world_sizes}, arguments.precision, arguments.quick)
+    for thin in ([], THIN):  # a mistake is one message, not one of every rank
+        check(load(arguments.preset, [*overrides, *thin]), arrangements)
+    job = {"preset": arguments.preset, "overrides": overrides, "precision": arguments.precision}
+    results: dict[str, dict] = {}
+    for turn in range(arguments.rounds):
+        for world_size in sorted({a.world_size for a in arrangements}):
+            mine = [a for a in arrangements if a.world_size == world_size]
+            if turn == 0:
+                print(f"round 1 of {arguments.rounds}: {world_size} rank{'s' * (world_size > 1)}", flush=True)
+            for found in start_ranks(job | {"arrangements": mine, "steps": arguments.steps}, world_size, bool(gpus)):
+                collect(results, found)
+    summaries = [summary_of(one) for one in results.values()]
+    facts = environment(gpus, arguments)
+    print("\n".join(report(load(arguments.preset, overrides), summaries, facts)))
+    if arguments.json:
+        options = {key: value for key, value in vars(arguments).items() if key != "json"}
+        write_json(arguments.json, {"environment": facts, "options": options, "results": summaries})
+
+
+def choose_arrangements(world_sizes: set[int], precision: str, quick: bool) -> list[Arrangement]:
+    """One rank; and for each number of ranks every ZeRO stage, and ZeRO-1 with each tensor-parallel size."""
+    found = [Arrangement(1, 1)]
+    if quick:
+        return [*found, Arrangement(2, 3), Arrangement(2, 1, 2, sequence_parallel=True)]
+    for world_size in sorted(world_sizes - {1}):
+        stages = (0, 1, 2, 3) if precision == "fp32" else (1, 2, 3)  # stage 0 is fp32 alone
+        found += [Arrangement(world_size, stage) for stage in stages]
+        sizes = [size for size in (2, 4, 8) if world_size % size == 0]
+        found += [Arrangement(world_size, 1, size, rows) for size in sizes for rows in (False, True)]
+    return found
+
+
+def load(preset: str | None, overrides: list[str]) -> RunConfig:
+    run = load_run_config(preset or PRESET, overrides)
+    vocab_size = run.expected_vocab_size
+    if vocab_size is None:
+        raise UserError(f"the preset {run.name} takes its vocabulary from its data: give model.vocab_size=N")
+    return run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": vocab_size})})
+
+
+def check(run: RunConfig, arrangements: list[Arrangement]) -> None:
+    """UserError for sizes that do not divide among the ranks."""
+    from megaslm.parallel import check_sizes
+
+    for one in arrangements:
+        check_sizes(run.model, one.tensor_parallel_size)
+        ranks = one.world_size // one.tensor_parallel_size
+        resolve_batch(run.train.global_batch_size, run.train.micro_batch_size, ranks)
+        if one.sequence_parallel and run.seq_length % one.tensor_parallel_size:
+            raise UserError(f"{one}: data.seq_length {run.seq_length} is no multiple of {one.tensor_parallel_size}")
+
+
+def start_ranks(job: dict[str, Any], world_size: int, on_gpus: bool) -> list[dict]:
+    """What rank 0 found, of ranks that are new processes: forks of this one, which has imported everything, or where
+    there are GPUs, which do not take it, processes from scratch."""
+    import deepspeed  # noqa: F401  # once for all forks
+    from torch import multiprocessing
+
+    import megaslm.training  # noqa: F401
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.json"
+        multiprocessing.start_processes(
+            run_rank, (job, world_size, port, path), world_size, start_method="spawn" if on_gpus else "fork"
+        )
+        return json.loads(path.read_text())
+
+
+def run_rank(rank: int, job: dict[str, Any], world_size: int, port: int, path: Path) -> None:
+    """One process: every layout of `job`, one after the other. Rank 0 writes what was found."""
+    rank_of = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({key: str(value) for key, value in rank_of.items()}, MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(port)
+    import torch
+
+    found = []
+    for arrangement in job["arrangements"]:
+        one, thin = (
+            measure(load(job["preset"], [*job["overrides"], *extra]), arrangement, job["precision"], job["steps"], zero)
+            for extra, zero in (([], {}), (THIN, THIN_ENGINE if arrangement.stage == 3 else {}))
+        )
+        found.append({"arrangement": asdict(arrangement), **one, "host_seconds": thin["cpu_seconds"]})
+    if rank == 0:
+        path.write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def measure(
+    run: RunConfig, arrangement: Arrangement, precision: str, steps: int, zero: dict[str, Any]
+) -> dict[str, Any]:
+    """Seconds of each step, processor seconds of each step on every rank, and the traffic of one step.
+
+    zero: goes into zero_optimization of the engine config of ds_configs/.
+    traffic: [operation, group, calls, bytes, bytes sent], of the groups "data" and "tensor". Collective.
+    """
+    import torch
+
+    from megaslm.model import build_model
+    from megaslm.parallel import count_traffic, host, init_distributed, shard_model, wire_bytes
+    from megaslm.training import MicroBatch, TrainingEngine
+
+    ranks = init_distributed(arrangement.tensor_parallel_size)
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(1)  # those that wait for others spin, which would count as work
+    batch = resolve_batch(run.train.global_batch_size, run.train.micro_batch_size, ranks.data_parallel_size)
+    engine_config = load_engine_config(ROOT / f"ds_configs/zero{arrangement.stage}.json")
+    engine_config["zero_optimization"] |= zero
+    engine_config = resolve_engine_config(
+        engine_config, run=run, precision=precision, batch=batch, data_parallel_size=ranks.data_parallel_size
+    )
+    model = build_model(run.model, run.train.seed, ranks.device)
+    shard_model(model, ranks.tensor_parallel, arrangement.sequence_parallel)
+    engine = TrainingEngine(model, run, engine_config, ranks)
+    tokens = torch.randint(run.model.vocab_size, (batch.micro_batch_size, run.seq_length), device=ranks.device)
+    batches = [MicroBatch(tokens, tokens, None, None)] * batch.accumulation_steps
+
+    def step() -> tuple[float, float]:
+        host.gather(None)  # together
+        started, worked = time.perf_counter(), time.process_time()
+        engine.train_step(batches, lr=1e-4)
+        if ranks.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started, time.process_time() - worked
+
+    for _ in range(WARM_UP_STEPS):
+        step()
+    timed = host.gather([step() for _ in range(steps)])
+    with count_traffic(tensor=ranks.tensor_parallel, data=ranks.data_parallel) as traffic:
+        engine.train_step(batches, lr=1e-4)
+    engine.deepspeed.destroy()
+    return {
+        "seconds": [max(seconds for seconds, _ in of_ranks) for of_ranks in zip(*timed, strict=True)],
+        "cpu_seconds": [[worked for _, worked in of_ranks] for of_ranks in zip(*timed, strict=True)],
+        "traffic": [
+            [operation, group, *count, wire_bytes(operation, traffic.sizes[group], count.bytes)]
+            for (operation, group), count in sorted(traffic.counts.items())
+            if group in ("data", "tensor") and traffic.sizes[group] > 1
+        ],
+    }
+
+
+def collect(results: dict[str, dict], found: dict[str, Any]) -> None:
+    """Add a round's figures of a layout to those before."""
+    one = results.setdefault(str(Arrangement(**found["arrangement"])), found | {"seconds": [], "cpu_seconds": []})
+    if one["host_seconds"] is found["host_seconds"]:
+        one["host_seconds"] = []
+    for key in ("seconds", "cpu_seconds", "host_seconds"):
+        one[key] += found[key]
+
+
+def summary_of(one: dict[str, Any]) -> dict[str, Any]:
+    """Medians in ms; the processor time of all ranks together, and of the host that of one."""
+    milliseconds = [1000 * value for value in one["seconds"]]
+    quartiles = statistics.quantiles(milliseconds, n=4) if len(milliseconds) > 1 else [milliseconds[0]] * 3
+    rows = one["traffic"]
+    return one | {
+        "layout": str(Arrangement(**one["arrangement"])),
+        "ms": statistics.median(milliseconds),
+        "spread_ms": (quartiles[2] - quartiles[0]) / 2,
+        "cpu_ms": 1000 * statistics.median(sum(of_ranks) for of_ranks in one["cpu_seconds"]),
+        "host_ms": 1000 * statistics.median(statistics.mean(of_ranks) for of_ranks in one["host_seconds"]),
+        "calls": sum(row[2] for row in rows),
+        "bytes": sum(row[3] for row in rows),
+        "sent_bytes": sum(row[4] for row in rows),
+    }
+
+
+def report(run: RunConfig, summaries: list[dict[str, Any]], facts: dict[str, Any]) -> list[str]:
+    from megaslm.model import count_parameters
+
+    base = summaries[0]
+    header = ["layout", "ms", "+-", "ratio", "CPU ms", "ratio", "host ms", "calls", "MB", "MB sent"]
+    rows = [
+        [
+            one["layout"],
+            f"{one['ms']:,.1f}",
+            f"{one['spread_ms']:.1f}",
+            f"{one['ms'] / base['ms']:.2f}",
+            f"{one['cpu_ms']:,.1f}",
+            f"{one['cpu_ms'] / base['cpu_ms']:.2f}",
+            f"{one['host_ms']:.1f}",
+            str(one["calls"]),
+            f"{one['bytes'] / 1e6:,.2f}",
+            f"{one['sent_bytes'] / 1e6:,.2f}",
+        ]
+        for one in summaries
+    ]
+    lines = [
+        f"{run.name}, {count_parameters(run.model) / 1e6:.1f}M parameters, steps of {run.train.global_batch_size} x "
+        f"{run.seq_length} tokens, {facts['precision']}; {facts['device']}, torch {facts['torch']}, "
+        f"deepspeed {facts['deepspeed']}",
+        *table(header, rows, "<" + ">" * (len(header) - 1)),
+    ]
+    most = max(one["arrangement"]["world_size"] for one in summaries)
+    if not facts["gpus"]:
+        lines.append(f"Each rank has one thread, on {facts['cores']} cores.")
+        if most > facts["cores"]:
+            lines.append(f"{most} ranks take turns on them: there, compare CPU ms, not ms.")
+    return lines
+
+
+def environment(gpus: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    import torch
+
+    from megaslm.parallel import available_cores
+
+    return {
+        "device": torch.cuda.get_device_name(0) if gpus else torch.backends.cpu.get_cpu_capability(),
+        "gpus": gpus,
+        "cores": available_cores(),
+        "precision": arguments.precision,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "deepspeed": version("deepspeed"),
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)
