@@ -52,10 +52,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int | None = None
     return _cross_entropy(logits, targets, logits.size(1) if vocab_size is None else vocab_size, z_loss)[0]
 
 
-def shard_statistics_reference(
-    logits: Tensor, targets: Tensor, first: int, vocab_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Maximum, sum of exp(logit - maximum) and the target's logit, [N] each, fp32, of `logits` [N, V], the columns
+def shard_statistics_reference(logits: Tensor, targets: Tensor, first: int, vocab_size: int) -> Tensor:
+    """[3, N], fp32: maximum, sum of exp(logit - maximum) and the target's logit of `logits` [N, V], the columns
     first .. first + V of a vocabulary of `vocab_size`, past which there is padding.
 
     targets: [N], int64, ids of the whole vocabulary; the target's logit is 0 where another shard (or none) holds it.
@@ -65,14 +63,15 @@ def shard_statistics_reference(
     x = upcast(logits).where(columns < vocab_size, -torch.inf)
     maximum = x.amax(dim=1)
     total = (x - maximum.clamp(min=torch.finfo(x.dtype).min).unsqueeze(1)).exp().sum(dim=1)
-    return maximum, total, x.where((columns == targets.unsqueeze(1)) & (columns < vocab_size), 0.0).sum(dim=1)
+    target_logits = x.where((columns == targets.unsqueeze(1)) & (columns < vocab_size), 0.0).sum(dim=1)
+    return torch.stack((maximum, total, target_logits))
 
 
-def shard_statistics(logits: Tensor, targets: Tensor, first: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def shard_statistics(logits: Tensor, targets: Tensor, first: int, vocab_size: int) -> Tensor:
     """`shard_statistics_reference` in Triton: logits with any row stride."""
-    statistics = tuple(torch.empty(targets.shape, dtype=torch.float32, device=logits.device) for _ in range(3))
+    statistics = torch.empty(3, targets.size(0), dtype=torch.float32, device=logits.device)
     rows, targets = with_unit_stride(logits), targets.contiguous()
-    _launch(_statistics_kernel, rows, first, vocab_size, targets, *statistics, FIRST=first)
+    _launch(_statistics_kernel, rows, first, vocab_size, targets, *statistics.unbind(), FIRST=first)
     return statistics
 
 

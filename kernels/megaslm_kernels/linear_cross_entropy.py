@@ -231,15 +231,13 @@ def _sharded_with(statistics: Callable, gradient_: Callable, first: int, gather:
     def loss_and_gradient(
         logits: Tensor, targets: Tensor, vocab_size: int, z_loss: float, losses: Tensor, logsumexp: Tensor, scale: float
     ) -> None:
-        shards = gather(torch.stack(statistics(logits, targets, first, vocab_size)))
-        maxima, totals, target_logits = shards.unbind(dim=1)  # [shards, n] each
-        maximum = maxima.amax(dim=0)
-        log_total = (totals * (maxima - maximum).exp()).sum(dim=0).log()
+        maxima, totals, target_logits = gather(statistics(logits, targets, first, vocab_size)).unbind(dim=1)
+        maximum, x_target = maxima.amax(dim=0), target_logits.sum(dim=0)  # [n], of [shards, n]
+        log_total = (maxima - maximum).exp_().mul_(totals).sum(dim=0).log_()
         torch.add(maximum, log_total, out=logsumexp)
-        x_target = target_logits.sum(dim=0)
-        row_losses = log_total + (maximum - x_target) + z_loss * logsumexp.square()  # lse - x_target would cancel
-        row_losses = row_losses.where((targets >= 0) & (targets < vocab_size), torch.nan)
-        losses.copy_(row_losses.where(targets != IGNORE_INDEX, 0.0))
+        log_total += maximum - x_target  # logsumexp - x_target would cancel
+        torch.addcmul(log_total, logsumexp, logsumexp, value=z_loss, out=losses)
+        losses.masked_fill_((targets < 0) | (targets >= vocab_size), torch.nan).masked_fill_(targets == IGNORE_INDEX, 0)
         if scale:
             upstream = logsumexp.new_full((), scale).expand_as(losses)
             gradient_(logits, targets, first, vocab_size, logsumexp, upstream, z_loss)

@@ -92,12 +92,15 @@ def build_groups(rank: int, world_size: int, tensor_parallel_size: int) -> tuple
     if tensor_parallel_size == 1:
         return Group(0, (rank,), None), Group(rank, everyone, dist.group.WORLD)
     size = tensor_parallel_size
-    models = [everyone[start : start + size] for start in range(0, world_size, size)]
-    copies = [everyone[start::size] for start in range(size)]
-    return _own(rank, models), _own(rank, copies)
+    first = rank // size * size
+    return _new_group(rank, everyone[first : first + size]), _new_group(rank, everyone[rank % size :: size])
 
 
-def _own(rank: int, partition: list[tuple[int, ...]]) -> Group:
-    """The group that `rank` is in; every rank has to make all of them, in one order."""
-    made = [(ranks, dist.new_group(list(ranks))) for ranks in partition]
-    return next(Group(ranks.index(rank), ranks, group) for ranks, group in made if rank in ranks)
+def _new_group(rank: int, ranks: tuple[int, ...]) -> Group:
+    """The group of these `ranks`, of which `rank` is one, made by them alone: else each group of each of them would
+    have to be made by all ranks, with a barrier.
+
+    All ranks make theirs at once, and these are a partition of all. So nobody waits for a rank that waits elsewhere,
+    and NCCL, which splits the communicator of all ranks for it, sees every rank take part in one split.
+    """
+    return Group(ranks.index(rank), ranks, dist.new_group(list(ranks), use_local_synchronization=True))

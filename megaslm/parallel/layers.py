@@ -4,7 +4,7 @@ Columns and rows are those of the matrix that x is multiplied with from the righ
 parallel layer has some of the outputs, of all inputs; a row-parallel one all outputs, of some inputs, summed over the
 group.
 
-Under sequence parallelism (arXiv:2205.05198) x between two such pairs is this rank's rows alone, see collectives.py.
+Under sequence parallelism (arXiv:2205.05198) x between two such pairs is this rank's tokens alone, see collectives.py.
 That is for training, where the length is known to divide: in evaluation mode every layer takes whole sequences.
 
 Parameters are read as `self.weight` each time, and inside of the layer's own forward: under ZeRO-3 they are there only
@@ -13,7 +13,6 @@ then. Shapes as in megaslm/model/transformer.py, n ranks.
 
 import functools
 
-import torch
 import torch.nn.functional as F
 from megaslm_kernels import Ops
 from torch import Tensor, nn
@@ -31,21 +30,22 @@ class ParallelLayer(nn.Module):
         self.sequence_parallel = sequence_parallel
 
     @property
-    def takes_rows(self) -> bool:
-        """Whether x, outside of the layers, is this rank's rows alone."""
+    def takes_own_tokens(self) -> bool:
+        """Whether x, outside of the layers, is this rank's tokens alone."""
         return self.sequence_parallel and self.training
 
-    def enter(self, x_BSE: Tensor) -> Tensor:
-        """All rows, for a computation of which every rank does a part."""
-        if self.takes_rows:
-            return collectives.all_gather_rows(x_BSE, self.group)
-        return collectives.all_reduce_gradient(x_BSE, self.group)
+    def enter(
+        self, x_BSE: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...] = (None,), **packing
+    ) -> Tensor:
+        """This rank's columns of a linear layer's result, see `collectives.column_parallel_linear`."""
+        biases = () if biases[0] is None else biases
+        return collectives.column_parallel_linear(x_BSE, weights, biases, self.group, self.takes_own_tokens, **packing)
 
     def leave(self, partial_BSE: Tensor) -> Tensor:
-        """The sum of the ranks' parts of a computation: this rank's rows of it, or all."""
-        if self.takes_rows:
-            return collectives.reduce_scatter_rows(partial_BSE, self.group)
-        return collectives.all_reduce(partial_BSE, self.group)
+        """The sum of the ranks' parts of a computation: this rank's tokens of it, or all. The part is written over."""
+        if self.takes_own_tokens:
+            return collectives.reduce_scatter_tokens(partial_BSE, self.group)
+        return collectives.all_reduce_(partial_BSE, self.group)
 
     def extra_repr(self) -> str:
         shapes = [f"{name} {tuple(p.shape)}" for name, p in self.named_parameters(recurse=False)]
@@ -62,7 +62,7 @@ class ColumnParallelLinear(ParallelLayer):
         self.register_parameter("bias", bias)
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        return F.linear(self.enter(x_BSE), self.weight, self.bias)
+        return self.enter(x_BSE, (self.weight,), (self.bias,))
 
 
 class RowParallelLinear(ParallelLayer):
@@ -93,24 +93,25 @@ class GroupedQueryProjection(ParallelLayer):
         head_dim: int, kv_head: int, group: Group, sequence_parallel: bool,
     ):  # fmt: skip
         super().__init__(group, sequence_parallel)
-        self.head_dim = head_dim
         self.kv_head = kv_head
         self.q_weight, self.kv_weight = q[0], kv[0]
         self.register_parameter("q_bias", q[1])
         self.register_parameter("kv_bias", kv[1])
 
-    def forward(self, x_BSE: Tensor) -> Tensor:
-        bias = None if self.q_bias is None else self._pack(self.q_bias, self.kv_bias)
-        return F.linear(self.enter(x_BSE), self._pack(self.q_weight, self.kv_weight), bias)
+        keys, first = kv[0].size(0) // 2, kv_head * head_dim
+        own_kv = tuple((start, start + head_dim) for start in (first, keys + first))
+        self.rows = (((0, q[0].size(0)),), own_kv)
 
-    def _pack(self, q: Tensor, kv: Tensor) -> Tensor:
-        """One product of the packed weights is cheaper than the packing of two products."""
-        own = kv.unflatten(0, (2, -1, self.head_dim))[:, self.kv_head]
-        return torch.cat([q, own.flatten(0, 1)])
+    def forward(self, x_BSE: Tensor) -> Tensor:
+        # One product of the packed weights is cheaper than the packing of two products.
+        return self.enter(x_BSE, (self.q_weight, self.kv_weight), (self.q_bias, self.kv_bias), rows=self.rows)
 
 
 class VocabularyParallelEmbedding(ParallelLayer):
-    """Token ids [B, S] -> [B, S, E], or this rank's rows of it, of a table of which this rank has [V/n, E]."""
+    """Token ids [B, S] -> [B, S, E], or this rank's tokens of it, of a table of which this rank has [V/n, E].
+
+    An id that no rank has gives zeros, where a whole table raises: whoever loads tokens checks them.
+    """
 
     def __init__(self, weight: nn.Parameter, group: Group, sequence_parallel: bool):
         super().__init__(group, sequence_parallel)
@@ -120,8 +121,8 @@ class VocabularyParallelEmbedding(ParallelLayer):
         size = self.weight.size(0)
         local_BS = tokens_BS - self.group.rank * size
         elsewhere_BS = (local_BS < 0) | (local_BS >= size)
-        x_BSE = F.embedding(local_BS.masked_fill(elsewhere_BS, 0), self.weight)
-        return self.leave(x_BSE.masked_fill(elsewhere_BS.unsqueeze(-1), 0.0))
+        x_BSE = F.embedding(local_BS.masked_fill_(elsewhere_BS, 0), self.weight)
+        return self.leave(x_BSE.masked_fill_(elsewhere_BS.unsqueeze(-1), 0.0))
 
 
 class VocabularyParallelHead(ParallelLayer):
@@ -137,18 +138,19 @@ class VocabularyParallelHead(ParallelLayer):
         self.ops = ops
 
     def forward(self, hidden_BSE: Tensor, targets_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        hidden_BSE = self.enter(hidden_BSE)
         if targets_BS is None:
-            logits = collectives.all_gather_columns(F.linear(hidden_BSE, self.weight), self.group)
+            logits = collectives.all_gather_columns(self.enter(hidden_BSE, (self.weight,)), self.group)
             return logits[..., : self.vocab_size]
+        gather = collectives.all_gather_tokens if self.takes_own_tokens else collectives.all_reduce_gradient
+        hidden_BSE = gather(hidden_BSE, self.group)
         return self.ops.sharded_linear_cross_entropy(
             hidden_BSE.flatten(0, -2), self.weight, targets_BS.flatten(), self.group.rank * self.weight.size(0),
             self.vocab_size, self.z_loss, gather=functools.partial(collectives.stacked, group=self.group),
         )  # fmt: skip
 
 
-class SplitRows(ParallelLayer):
-    """All rows -> this rank's, where every rank has all: where the stream enters the blocks after learned positions."""
+class SplitTokens(ParallelLayer):
+    """All tokens, on every rank -> this rank's: where the stream enters the blocks after learned positions."""
 
     def forward(self, x_BSE: Tensor) -> Tensor:
-        return collectives.split_rows(x_BSE, self.group) if self.takes_rows else x_BSE
+        return collectives.split_tokens(x_BSE, self.group) if self.takes_own_tokens else x_BSE

@@ -13,6 +13,11 @@ class Block:
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> "Block":
+        """All of a tensor of `shape`."""
+        return cls((0,) * len(shape), shape)
+
     @property
     def slices(self) -> tuple[slice, ...]:
         return tuple(slice(o, o + n) for o, n in zip(self.offset, self.shape, strict=True))
@@ -46,4 +51,4 @@ def placement_of(name: str, parameter: nn.Parameter) -> Placement:
     if found is not None:
         return found
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 it is empty between its uses
-    return Placement(name, shape, (Block((0,) * len(shape), shape),), sliced=False)
+    return Placement(name, shape, (Block.whole(shape),), sliced=False)

@@ -8,24 +8,22 @@ norm would be counted once instead of summed over the group.
 
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megaslm.config import ModelConfig
 from megaslm.errors import UserError
 from megaslm.model import LanguageModel
-from megaslm.parallel import collectives
-from megaslm.parallel.groups import ALONE, Group
+from megaslm.parallel.groups import Group
 from megaslm.parallel.layers import (
     ColumnParallelLinear,
     GroupedQueryProjection,
-    ParallelLayer,
     RowParallelLinear,
-    SplitRows,
+    SplitTokens,
     VocabularyParallelEmbedding,
     VocabularyParallelHead,
 )
@@ -39,6 +37,12 @@ class Target:
     config: ModelConfig
     group: Group
     sequence_parallel: bool
+
+    @property
+    def splits_stream(self) -> bool:
+        """Whether tokens are split among the ranks where they enter the blocks, not by the embedding: learned positions
+        are added to whole sequences."""
+        return self.sequence_parallel and self.config.position == "learned"
 
 
 class Rule(Protocol):
@@ -110,9 +114,25 @@ class Embedding:
 
     def apply(self, name: str, module: nn.Embedding, to: Target) -> nn.Module:
         weight = _slice_rows(module.weight, f"{name}.weight", [module.num_embeddings], to.group)
-        # Learned positions are added to whole sequences, which are split after that.
-        splits = to.sequence_parallel and to.config.position != "learned"
-        return VocabularyParallelEmbedding(weight, to.group, splits)
+        return VocabularyParallelEmbedding(weight, to.group, to.sequence_parallel and not to.splits_stream)
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What enters the first block."""
+
+    def apply(self, name: str, module: nn.Module, to: Target) -> nn.Module:
+        return SplitTokens(to.group, to.sequence_parallel) if to.splits_stream else module
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention, which tells queries from keys by how many of the former share one of the latter on this rank."""
+
+    def apply(self, name: str, module: nn.Module, to: Target) -> nn.Module:
+        kv_heads = max(1, to.config.num_kv_heads // to.group.size)
+        module.queries_per_kv = to.config.num_heads // to.group.size // kv_heads
+        return module
 
 
 @dataclass(frozen=True)
@@ -128,8 +148,8 @@ class Head:
 
 @dataclass(frozen=True)
 class Replicated:
-    """A module that every rank has. Where each computes a part of its gradient alone, from its heads or its rows of the
-    batch, the parts are summed."""
+    """A module that every rank has. Where each computes a part of its gradient alone, from its heads or its tokens, the
+    parts are summed."""
 
     summed: Literal["never", "always", "sequence_parallel"]
 
@@ -144,7 +164,9 @@ _BLOCK = r"decoder\.blocks\.\d+\."
 PLAN: tuple[tuple[str, Rule], ...] = (
     (r"decoder\.embedding", Embedding()),
     (r"decoder\.position_embedding", Replicated(summed="never")),
+    (r"decoder\.stream", Stream()),
     (_BLOCK + r"(attention|feed_forward)_norm", Replicated(summed="sequence_parallel")),
+    (_BLOCK + r"attention", Heads()),
     (_BLOCK + r"attention\.qkv", QueryKeyValue()),
     (_BLOCK + r"attention\.qk_norm", Replicated(summed="always")),
     (_BLOCK + r"attention\.out", Row()),
@@ -154,7 +176,7 @@ PLAN: tuple[tuple[str, Rule], ...] = (
     (r"decoder\.norm", Replicated(summed="sequence_parallel")),
     (r"head", Head()),
 )
-"""For every module that has parameters of its own, by its name: what becomes of it."""
+"""What becomes of modules, by their names: one rule for every module that has parameters of its own."""
 
 
 def check_sizes(config: ModelConfig, size: int) -> None:
@@ -163,21 +185,21 @@ def check_sizes(config: ModelConfig, size: int) -> None:
     if wrong:
         fitting = [n for n in range(1, config.num_heads + 1) if not _obstacles(config, n)]
         raise UserError(
-            f"{' and '.join(wrong)} do not divide among {size} tensor-parallel ranks (parallel.tensor_parallel_size); "
-            f"for this model, sizes that do: {', '.join(map(str, fitting))}"
+            f"the model does not divide among {size} tensor-parallel ranks (parallel.tensor_parallel_size): "
+            f"{', '.join(wrong)}; sizes among which it does: {', '.join(map(str, fitting))}"
         )
 
 
 def _obstacles(config: ModelConfig, size: int) -> list[str]:
     wrong = []
     if config.num_heads % size:
-        wrong.append(f"{config.num_heads} attention heads")
+        wrong.append(f"attention heads {config.num_heads}")
     if config.num_kv_heads % size and size % config.num_kv_heads:
-        wrong.append(f"{config.num_kv_heads} key/value heads")
+        wrong.append(f"key/value heads {config.num_kv_heads}")
     if config.ffn_hidden_size % size:
-        wrong.append(f"a feed-forward width of {config.ffn_hidden_size}")
+        wrong.append(f"feed-forward width {config.ffn_hidden_size}")
     if config.vocab_size is not None and config.padded_vocab_size % size:  # it may yet have to come from the data
-        wrong.append(f"a padded vocabulary of {config.padded_vocab_size:,}")
+        wrong.append(f"padded vocabulary {config.padded_vocab_size:,}")
     return wrong
 
 
@@ -185,55 +207,61 @@ def _obstacles(config: ModelConfig, size: int) -> list[str]:
 def shard_model(model: LanguageModel, group: Group, sequence_parallel: bool = False) -> None:
     """Keep this rank's part of a whole `model`, in place, and let it compute what the whole one does.
 
-    `check_sizes` has passed. Parameters are new objects: an optimizer or an engine is made after this. In a group of
-    one nothing is changed.
+    `check_sizes` has passed. Parameters are new objects: an optimizer or an engine is made after this. They carry what
+    the layout needs, a placement, a tag, a hook that sums the gradient, and what makes a parameter anew loses it
+    (deepcopy, `to_empty`, `load_state_dict(assign=True)`): `check_tags` finds that. In a group of one nothing is
+    changed.
 
-    sequence_parallel: in training, between the sharded layers, a rank has 1/n of the rows alone; n divides the length
-        of every sequence then.
+    sequence_parallel: in training, between the sharded layers, a rank has 1/n of the tokens alone; n divides the
+        length of every sequence then.
     """
     if group.size == 1:
         return
     to = Target(model.config, group, sequence_parallel)
     # A tied matrix is cut under both of its names, and becomes one again at the end.
     for name, module in list(model.named_modules()):
-        if any(True for _ in module.parameters(recurse=False)):
+        rules = [rule for pattern, rule in PLAN if re.fullmatch(pattern, name)]
+        if rules or any(True for _ in module.parameters(recurse=False)):
+            assert len(rules) == 1, f"{len(rules)} rules of the plan are for {name or 'the model itself'}"
             parent, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, _rule_for(name).apply(name, module, to))
-    if sequence_parallel and model.config.position == "learned":
-        model.decoder.stream = SplitRows(group, sequence_parallel)
-    for block in model.decoder.blocks:
-        kv_heads = max(1, model.config.num_kv_heads // group.size)
-        block.attention.queries_per_kv = model.config.num_heads // group.size // kv_heads
+            setattr(model.get_submodule(parent), attribute, rules[0].apply(name, module, to))
     model.tie_weights()
     model.train(model.training)
 
 
-def _rule_for(name: str) -> Rule:
-    found = [rule for pattern, rule in PLAN if re.fullmatch(pattern, name)]
-    assert len(found) == 1, f"{len(found)} rules of the plan are for {name}, which has parameters"
-    return found[0]
+def check_tags(model: LanguageModel, group: Group, sequence_parallel: bool = False) -> None:
+    """AssertionError where a parameter is not what `shard_model` with the same arguments makes of it on this rank, or
+    where the gradient's norm would not count every weight of the whole model once.
 
-
-def check_tags(model: LanguageModel) -> None:
-    """AssertionError where the gradient's norm would not count every weight of the whole model once.
-
-    It sums over the group what is tagged, and takes the rest from one rank: as many elements as the whole model has,
-    parameter by parameter, which is what is checked here; and that the tags are those of the placements.
+    Compared are names, shapes, placements, tags and hooks with those of a model without memory. The norm sums over the
+    group what is tagged, and takes the rest from one rank: as many elements as the whole model has.
     """
-    group = next((module.group for module in model.modules() if isinstance(module, ParallelLayer)), ALONE)
-    counted: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        tagged, placement = getattr(parameter, "tensor_model_parallel", False), placement_of(name, parameter)
-        assert tagged == placement.sliced, f"{name} is {'' if tagged else 'not '}tagged tensor_model_parallel"
-        size = getattr(parameter, "ds_numel", parameter.numel())
-        counted[placement.name] += size * (group.size if tagged else 1)
     with torch.device("meta"):
-        whole = {name: parameter.numel() for name, parameter in LanguageModel(model.config).named_parameters()}
+        planned = LanguageModel(model.config)
+    whole = {name: parameter.numel() for name, parameter in planned.named_parameters()}
+    shard_model(planned, group, sequence_parallel)
+    plan, counted = dict(planned.named_parameters()), Counter[str]()
+    for name, parameter in model.named_parameters():
+        assert name in plan, f"{name} is no parameter of a model on rank {group.rank} of {group.size}"
+        placement, tagged = placement_of(name, parameter), getattr(parameter, "tensor_model_parallel", False)
+        assert tagged == placement.sliced, f"{name} is {'' if tagged else 'not '}tagged tensor_model_parallel"
+        counted[placement.name] += _shape(parameter).numel() * (group.size if tagged else 1)
     for name in whole.keys() | counted.keys():
         assert counted[name] == whole.get(name), (
             f"the norm would count {counted[name]:,} elements of {name}, which has {whole.get(name, 0):,}: "
             "a sliced parameter without the tag tensor_model_parallel, or one with it that is not"
         )
+    for name, parameter in model.named_parameters():
+        placement, expected = placement_of(name, parameter), placement_of(name, plan[name])
+        assert placement == expected, f"{name} is {placement}, and rank {group.rank} of {group.size} has {expected}"
+        shape = plan[name].shape
+        assert _shape(parameter) == shape, f"{name} is {tuple(_shape(parameter))}, and its placement {tuple(shape)}"
+        summed, expected = _is_summed(parameter), _is_summed(plan[name]) and parameter.requires_grad
+        assert summed == expected, f"the gradient of {name} is {'' if summed else 'not '}summed over the ranks"
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 it is empty between its uses
 
 
 def _column_parallel(name: str, module: nn.Linear, heights: list[int], to: Target) -> ColumnParallelLinear:
@@ -274,19 +302,29 @@ def _keep(whole: nn.Parameter, name: str, blocks: tuple[Block, ...], sliced: boo
     return part
 
 
+class SumParts:
+    """Hook of a parameter: the sum of the parts of its gradient that the ranks compute, in fp32, rounded once: the
+    parts are few, and what they are of is small."""
+
+    def __init__(self, group: Group):
+        self.group = group
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = gradient.to(wide, copy=True, memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.group.process_group)
+        return total.to(gradient.dtype)
+
+
 def _sum_gradient(parameter: nn.Parameter, group: Group) -> None:
-    """Sum the parts of the gradient that the ranks compute, once a backward pass, before DeepSpeed sees it.
+    """Have the parts summed once a backward pass, before DeepSpeed sees the gradient.
 
     A hook of the leaf runs when all its uses have been added up, and before what DeepSpeed does with the result. An
     operation on the weight instead would keep a view of it in the graph, past the time that ZeRO-3 gives it.
-    In fp32, rounded once: the parts are few, and what they are of is small.
     """
-    parameter.register_hook(_summing(group))
+    if parameter.requires_grad:
+        parameter.register_hook(SumParts(group))
 
 
-def _summing(group: Group) -> Callable[[Tensor], Tensor]:
-    def sum_parts(gradient: Tensor) -> Tensor:
-        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        return collectives.summed(wide, group).to(gradient.dtype)
-
-    return sum_parts
+def _is_summed(parameter: nn.Parameter) -> bool:
+    return any(isinstance(hook, SumParts) for hook in (parameter._backward_hooks or {}).values())

@@ -47,6 +47,10 @@ def vocabulary(run: RunConfig) -> tuple[int, ...]:
     return tokens(run), run.model.hidden_size, vocab_size
 
 
+def padded(vocab_size: int) -> int:
+    return -(-vocab_size // 128) * 128
+
+
 def rms_norm(count: int, n: int):
     return TRITON.rms_norm(tensor(count, n), tensor(n), 1e-5)
 
@@ -92,23 +96,24 @@ def qk_norm_rotary_of_documents(*sizes: int):
 
 
 def shard(count: int, vocab_size: int):
-    """The second quarter of the vocabulary, statistics and gradient."""
-    v = -(-vocab_size // (4 * 128)) * 128
-    logits, targets = tensor(count, v).detach(), tensor(count, dtype=torch.int64)
-    maximum, total, _ = TRITON.shard_statistics(logits, targets, v, vocab_size)
-    TRITON.shard_gradient_(logits, targets, v, vocab_size, maximum, total, 1e-4)
+    """What the second of 4 and of 8 ranks has of the vocabulary, statistics and gradient."""
+    for ranks in (4, 8):
+        v = padded(vocab_size) // ranks
+        logits, targets = tensor(count, v).detach(), tensor(count, dtype=torch.int64)
+        maximum, total, _ = TRITON.shard_statistics(logits, targets, v, vocab_size)
+        TRITON.shard_gradient_(logits, targets, v, vocab_size, maximum, total, 1e-4)
     return ()
 
 
 def linear_cross_entropy(count: int, width: int, vocab_size: int):
-    rows = -(-vocab_size // 128) * 128
     targets = tensor(count, dtype=torch.int64)
-    return TRITON.linear_cross_entropy(tensor(count, width), tensor(rows, width), targets, vocab_size, 1e-4)[0]
+    return TRITON.linear_cross_entropy(
+        tensor(count, width), tensor(padded(vocab_size), width), targets, vocab_size, 1e-4
+    )[0]
 
 
 def cross_entropy(count: int, vocab_size: int):
-    rows = -(-vocab_size // 128) * 128
-    return TRITON.cross_entropy(tensor(count, rows), tensor(count, dtype=torch.int64), vocab_size, 1e-4)
+    return TRITON.cross_entropy(tensor(count, padded(vocab_size)), tensor(count, dtype=torch.int64), vocab_size, 1e-4)
 
 
 def adjacent_pairs(b: int, s: int, h: int, k: int, d: int, rotated: int) -> int:

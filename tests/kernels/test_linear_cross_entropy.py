@@ -169,3 +169,20 @@ def test_shards_without_grad_mode_compute_no_gradient():
         )
     assert not objective.requires_grad
     assert all(torch.equal(now, then) for now, then in zip((hidden, weight, targets), before, strict=True))
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+def test_shards_of_a_loss_that_nobody_wants_the_gradient_of():
+    hidden, weight, targets = inputs()
+    loss, _ = sharded_linear_cross_entropy_reference(hidden, weight, targets, 0, 44, gather=lambda one: one[None])
+    (NoGradient.apply(loss) + hidden.sum()).backward()
+    assert torch.equal(hidden.grad, torch.ones_like(hidden)) and weight.grad is None

@@ -17,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
+from families import LENGTH, config_of
 from torch import Tensor
 
 from megaslm.config import ModelConfig
@@ -28,33 +29,15 @@ from megaslm.parallel import (
     check_tags,
     clip_gradients_,
     collectives,
+    count_traffic,
+    host,
     init_distributed,
     placement_of,
     shard_model,
 )
+from megaslm.parallel.sharding import SumParts
 
-VOCAB, LENGTH, BATCH = 300, 8, 3
-# The switches of the presets' families, on the smallest widths that 4 ranks can share. Of the 384 rows of the padded
-# vocabulary the last of 4 ranks has 12 that are no padding; of 256, for 190 tokens, it has none.
-SIZES = {"vocab_size": VOCAB, "context_length": LENGTH, "num_layers": 2, "hidden_size": 16, "num_heads": 4}
-LAYERNORM = {"norm": "layernorm"}
-FAMILIES = {
-    "megaslm": {"num_heads": 8, "num_kv_heads": 4, "qk_norm": True, "tie_embeddings": True, "ffn_hidden_size": 24},
-    "megaslm_untied": {"num_kv_heads": 1, "head_dim": 8, "qk_norm": True, "ffn_hidden_size": 24},
-    "slm": {"num_kv_heads": 2, "ffn_hidden_size": 24, "vocab_size": 190},
-    "gpt2": LAYERNORM
-    | {"position": "learned", "feed_forward": "gelu_tanh", "bias": True, "tie_embeddings": True, "ffn_hidden_size": 32},
-    "neox": LAYERNORM
-    | {"rope_fraction": 0.5, "feed_forward": "gelu", "parallel_residual": True, "bias": True, "ffn_hidden_size": 32},
-    "sab": LAYERNORM
-    | {"feed_forward": "gelu", "bias": True, "num_kv_heads": 2, "tie_embeddings": True, "ffn_hidden_size": 32},
-    "shakespeare": LAYERNORM
-    | {"position": "learned", "feed_forward": "gelu", "tie_embeddings": True, "ffn_hidden_size": 32},
-}
-
-
-def config_of(family: str, **sizes: int) -> ModelConfig:
-    return ModelConfig(**{**SIZES, **FAMILIES[family], **sizes})
+BATCH = 3
 
 
 def distance(x: Tensor, y: Tensor) -> float:
@@ -114,7 +97,7 @@ def compare(ranks: Ranks, family: str, sequence_parallel: bool, mode: str) -> di
     sharded = copy.deepcopy(whole)
     sharded.tie_weights()
     shard_model(sharded, group, sequence_parallel)
-    check_tags(sharded)
+    check_tags(sharded, group, sequence_parallel)
     weights = put_together(sharded, group, lambda parameter: parameter.detach())
     equal_weights = all(torch.equal(weights.pop(name), p) for name, p in whole.named_parameters()) and not weights
     if mode == "compiled":
@@ -177,7 +160,7 @@ def compare_under_zero(ranks: Ranks, family: str, stage: int, precision: str) ->
         engine.backward(engine(*inputs)[0])
         if i == 0:
             engine.step()
-    check_tags(sharded)
+    check_tags(sharded, group, sequence_parallel=True)
     gradients = put_together(sharded, group, lambda p: p.grad.clone() if stage == 0 else safe_get_full_grad(p).float())
     engine.destroy()
     return {name: distance(gradients[name], p.grad) for name, p in whole.named_parameters()}
@@ -193,7 +176,7 @@ def compare_collectives(ranks: Ranks) -> dict:
     def of_all(*sizes: int) -> list[Tensor]:
         return list(torch.randn(n, *sizes, generator=generator, dtype=torch.float64).requires_grad_().unbind())
 
-    def rows(whole: Tensor) -> list[Tensor]:
+    def split(whole: Tensor) -> list[Tensor]:
         return [part.reshape(shape) for part in whole.reshape(-1, shape[-1]).chunk(n)]
 
     def joined(parts: list[Tensor]) -> Tensor:
@@ -204,11 +187,11 @@ def compare_collectives(ranks: Ranks) -> dict:
     # What each rank has, and what all of them get; then whether what follows is the same on each rank, so that the
     # gradient is too and is counted once, or a part of it on each, so that the gradients add up.
     cases = {
-        "all_reduce": (of_all(*shape), lambda xs: [sum(xs)] * n, "same"),
+        "all_reduce_": (of_all(*shape), lambda xs: [sum(xs)] * n, "same"),
         "all_reduce_gradient": (same, lambda xs: xs, "parts"),
-        "all_gather_rows": (of_all(*shape), lambda xs: [joined(xs)] * n, "parts"),
-        "reduce_scatter_rows": (of_all(*whole), lambda xs: rows(sum(xs)), "parts"),
-        "split_rows": (same, lambda xs: rows(xs[0]), "parts"),
+        "all_gather_tokens": (of_all(*shape), lambda xs: [joined(xs)] * n, "parts"),
+        "reduce_scatter_tokens": (of_all(*whole), lambda xs: split(sum(xs)), "parts"),
+        "split_tokens": (same, lambda xs: split(xs[0]), "parts"),
         "all_gather_columns": (of_all(2, 3, 5), lambda xs: [torch.cat(xs, dim=-1)] * n, "same"),
     }
     found = {}
@@ -222,21 +205,28 @@ def compare_collectives(ranks: Ranks) -> dict:
         else:
             sum((y * w).sum() for y, w in zip(expected, weights, strict=True)).backward()
         x = xs[rank].detach().requires_grad_()
-        y = getattr(collectives, name)(x, group)
+        fresh = x * 1
+        y = getattr(collectives, name)(fresh, group)
+        in_place = y.data_ptr() == fresh.data_ptr()
         (y * weights[rank]).sum().backward()
         one = getattr(collectives, name)(x, ALONE)
-        found[name] = [distance(y.detach(), expected[rank].detach()), distance(x.grad, xs[rank].grad), one is x]
+        found[name] = [
+            distance(y.detach(), expected[rank].detach()),
+            distance(x.grad, xs[rank].grad),
+            one is x,
+            in_place,
+        ]
     results = collectives.stacked(torch.tensor([values[:2] for values in found.values()]), group).amax(0).tolist()
-    return {name: [*worst, found[name][2]] for name, worst in zip(found, results, strict=True)}
+    return {name: [*worst, *found[name][2:]] for name, worst in zip(found, results, strict=True)}
 
 
 def drop_a_tag(ranks: Ranks) -> dict:
     """A sliced parameter without its tag, and one with it that is not sliced: what the check says, and the norm."""
-    group, whole, found = ranks.tensor_parallel, whole_model("megaslm_untied"), {}
+    group, whole, found = ranks.tensor_parallel, whole_model("megaslm_1.2b"), {}
     inputs = batch(whole.config, documents=False)
     whole(*inputs)[0].backward()
     for name, tagged in (("decoder.blocks.1.feed_forward.down.weight", False), ("decoder.norm.weight", True)):
-        model = whole_model("megaslm_untied")
+        model = whole_model("megaslm_1.2b")
         shard_model(model, group)
         model(*inputs)[0].backward()
         parameter = model.get_parameter(name)
@@ -246,12 +236,59 @@ def drop_a_tag(ranks: Ranks) -> dict:
             if placement is None and not tagged:
                 del parameter.placement  # as of a layer that knows nothing of placements
             try:
-                check_tags(model)
+                check_tags(model, group)
             except AssertionError as error:
                 messages.append(str(error))
         norms = [clip_gradients_(m.parameters(), math.inf, g) for m, g in ((whole, ALONE), (model, group))]
         found[name] = {"messages": messages, "norm": distance(norms[1], norms[0])}
     return found
+
+
+def sum_parts(ranks: Ranks) -> dict:
+    """The hook that sums a gradient: 256 + 1 + 1 + 1 is 259, and in bf16 260, or one by one 256."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        part = torch.full((2, 3), 256.0 if ranks.is_first else 1.0, dtype=dtype)
+        given = part.clone()
+        total = SumParts(ranks.tensor_parallel)(given.t())
+        found[str(dtype)] = [total.unique().tolist(), total.dtype == dtype, torch.equal(given, part)]
+    return found
+
+
+def keep(ranks: Ranks) -> dict:
+    """What a packed column-parallel layer keeps for its backward pass under sequence parallelism, and what that pass
+    communicates, as operations; the gradients of x, of weights, or of both are wanted."""
+    model = whole_model("megaslm_1.2b")
+    shard_model(model, ranks.tensor_parallel, sequence_parallel=True)
+    layer, found = model.decoder.blocks[0].attention.qkv, {}
+    for wanted in ("x", "weights", "both"):
+        layer.requires_grad_(wanted != "x")
+        x, kept = torch.randn(BATCH, LENGTH // 4, 16, requires_grad=wanted != "weights"), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda one, kept=kept: kept.append(one) or one, lambda one: one):
+            y = layer(x)
+        known = {one.data_ptr() for one in (x, *layer.parameters())}
+        for parameter in layer.parameters():
+            parameter._backward_hooks = None  # which sum what all ranks have parts of, and communicate too
+        with count_traffic(tensor=ranks.tensor_parallel) as traffic:
+            y.sum().backward()
+        counts = {operation: count.calls for operation, count in traffic.within("tensor").items()}
+        found[wanted] = {"kept": len(kept), "others": sum(one.data_ptr() not in known for one in kept), **counts}
+    return found
+
+
+def model_parallel_unit(ranks: Ranks) -> list:
+    """What every rank of 2 x 2 answers to DeepSpeed, and sums of global ranks over its groups."""
+    ranks, found = init_distributed(2), {}
+    for name in dir(ranks.mpu):
+        if name.startswith("get_"):
+            value = getattr(ranks.mpu, name)()
+            if isinstance(value, dist.ProcessGroup):
+                total = torch.tensor(ranks.rank)
+                dist.all_reduce(total, group=value)
+                value = [*dist.get_process_group_ranks(value), int(total)]
+            found[name] = value
+    found["sequence"] = [name for name in dir(ranks.mpu) if "sequence" in name]
+    return host.gather(found)
 
 
 def main() -> None:
