@@ -117,7 +117,7 @@ def measure(engine, run, directory: Path, rounds: int) -> dict[str, list[float]]
     policy = {"keep_last": 1, "keep_every": 0, "rolling_names": False}
     background = Saving(run.checkpoint.model_copy(update=policy | {"background": True}), say, None)
     for step in range(1, rounds + 1):
-        state = [piece.data for part in take(step, None).pieces.values() for piece in part.values()]
+        state = [piece.data for of_kind in take(step, None).pieces.values() for piece in of_kind]
         found["clone"].append(seconds_of(clone, state))
         settle()
         found["held"].append(seconds_of(background.save, step, partial(take, step), last=False))

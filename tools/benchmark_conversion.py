@@ -51,20 +51,20 @@ def write_made_up(directory: Path, run) -> Path:
     """A checkpoint of the run's model, each rank writing an equal part of every tensor. Collective."""
     import torch
 
-    from megaslm.checkpoint import Piece, write_checkpoint
+    from megaslm.checkpoint import Part, Piece, write_checkpoint
     from megaslm.model import LanguageModel
-    from megaslm.parallel import host
+    from megaslm.parallel import Block, host
 
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in LanguageModel(run.model).named_parameters()}
 
-    def piece(shape: tuple[int, ...]) -> Piece:
+    def piece(name: str, shape: tuple[int, ...]) -> Piece:
         numel = torch.Size(shape).numel()
         start, stop = (numel * rank // host.world_size() for rank in (host.rank(), host.rank() + 1))
-        return Piece(shape, start, torch.randn(stop - start))
+        return Piece(name, shape, Part(Block.whole(shape), start, stop), torch.randn(stop - start))
 
     kinds = ("weights", "exp_avg", "exp_avg_sq")
-    pieces = {name: piece(shape) for name, shape in shapes.items()}
+    pieces = [piece(name, shape) for name, shape in shapes.items()]
     return write_checkpoint(
         directory,
         dict.fromkeys(kinds, pieces),

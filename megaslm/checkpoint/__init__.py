@@ -46,10 +46,12 @@ from megaslm.checkpoint.save import (
     Snapshot,
     check_compatible,
     check_engine,
+    differing_copies,
     restore,
     save_checkpoint,
     take_snapshot,
 )
+from megaslm.checkpoint.slices import Part
 
 __all__ = [
     "BackgroundSave",
@@ -73,6 +75,7 @@ __all__ = [
     "ModelSource",
     "NUM_TOKENS",
     "NoHostMemory",
+    "Part",
     "Piece",
     "Retention",
     "SaveFailed",
@@ -91,6 +94,7 @@ __all__ = [
     "compare_checkpoints",
     "compare_fingerprints",
     "compare_logits",
+    "differing_copies",
     "export_checkpoint",
     "import_model",
     "inspect_path",

@@ -21,10 +21,9 @@ when written. DeepSpeed links it to the parameters after the next step by itself
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TypeVar
 
 import deepspeed
 import torch
@@ -38,10 +37,11 @@ from torch import Tensor
 from megaslm.checkpoint.buffers import HostBuffers
 from megaslm.checkpoint.folder import assign_writers
 from megaslm.checkpoint.format import ADAM_MOMENTS, WEIGHTS, Piece
-from megaslm.checkpoint.slices import Part, cut
+from megaslm.checkpoint.slices import Part, parts_between
 from megaslm.errors import UserError
-from megaslm.parallel import Placement, host, placement_of
+from megaslm.parallel import ALONE, Group, Placement, host, placement_of
 
+Value = TypeVar("Value")
 DEEPSPEED_VERSION = "0.19.8"
 # By name, since apex is optional: torch.optim, deepspeed.ops.adam and apex.optimizers.
 ADAM_CLASSES = ("Adam", "AdamW", "DeepSpeedCPUAdam", "FusedAdam")
@@ -59,13 +59,6 @@ class Shard:
     numel: int
 
 
-class Position(NamedTuple):
-    """A rank among the `size` ranks of a group."""
-
-    rank: int
-    size: int
-
-
 @dataclass(frozen=True)
 class Local:
     """A parameter of this rank's model: what it is of the whole model's, and where this rank's part of it lies."""
@@ -75,14 +68,14 @@ class Local:
 
     @property
     def name(self) -> str:
-        """Of the whole model's parameter, which may be several here."""
+        """Of the whole model's parameter. Two of this rank's may be parts of one: queries, and keys and values."""
         return self.placement.name
 
     def parts(self) -> Iterator[tuple[Part, int]]:
         """This rank's parts of the whole model's parameter, and the offset in `shard.flat` where each begins."""
         if self.shard is not None:
             shard, shape = self.shard, self.placement.shape
-            for place, part in cut(self.placement.blocks, shard.start, shard.start + shard.numel):
+            for place, part in parts_between(shard.start, shard.start + shard.numel, self.placement.blocks):
                 yield part.flattened(shape), shard.offset + place
 
 
@@ -115,10 +108,10 @@ def _refuse_unsupported(engine) -> None:
 
 
 class EngineState:
-    """The fp32 master weights, Adam moments and step counts of an engine, by parameter name.
+    """The fp32 master weights, Adam moments and step counts of an engine, by the whole model's parameter.
 
-    Names are those of `engine.module.named_parameters()`, tied parameters once, without the prefixes that
-    torch.compile puts in. All ranks make one at the same time and call its methods alike.
+    Names and shapes are those of `named_parameters()` of the model before it was sharded: tied parameters once, without
+    the prefixes that torch.compile puts in. All ranks make one at the same time and call its methods alike.
 
     Raises:
         UserError: another DeepSpeed version, an optimizer that is not a kind of Adam, or an unsupported layout.
@@ -126,16 +119,11 @@ class EngineState:
 
     def __init__(self, engine) -> None:
         _refuse_unsupported(engine)
-        mpu = engine.mpu
-        self._tensor_parallel = Position(0, 1)
-        if mpu is not None:
-            self._tensor_parallel = Position(
-                mpu.get_tensor_model_parallel_rank(), mpu.get_tensor_model_parallel_world_size()
-            )
-        self._data_parallel = Position(dist.get_rank(engine.seq_data_parallel_group), engine.seq_dp_world_size)
-        ranks = self._data_parallel.size * self._tensor_parallel.size
-        assert ranks == host.world_size(), "every rank is in one data-parallel and one tensor-parallel group"
-        self._device = engine.device
+        self._everyone = Group(dist.get_rank(), tuple(range(dist.get_world_size())), dist.group.WORLD)
+        self._tensor_parallel = engine.mpu.tensor_parallel if engine.mpu else ALONE
+        self._data_parallel = engine.mpu.data_parallel if engine.mpu else self._everyone
+        assert self._data_parallel.size == engine.seq_dp_world_size, "DeepSpeed shards over the data-parallel group"
+        assert self._data_parallel.size * self._tensor_parallel.size == self._everyone.size
         self._adam = engine.basic_optimizer
         self._outer = engine.optimizer
         self._replicated = self._outer is self._adam
@@ -149,7 +137,7 @@ class EngineState:
             self._locals[name] = Local(placement, shards[id(parameter)])
             self.shapes[placement.name] = placement.shape
 
-    def pieces(self, kind: str, buffers: HostBuffers | None = None) -> dict[str, Piece]:
+    def pieces(self, kind: str, buffers: HostBuffers | None = None) -> list[Piece]:
         """What this rank writes of all weights, or of a moment: its shards, bit for bit. No word between the ranks.
 
         Args:
@@ -162,8 +150,7 @@ class EngineState:
         """
         written = self._written_here()
         copies: dict[int, Tensor] = {}
-        pieces: dict[str, Piece] = {}
-        count: Counter[str] = Counter()
+        pieces = []
         for local in (local for name, local in self._locals.items() if name in written):
             for part, offset in local.parts():
                 flat = local.shard.flat
@@ -176,9 +163,7 @@ class EngineState:
                             copies[id(flat)] = buffers.copy((kind, len(copies)), source)
                         source = copies[id(flat)]
                     data = source.view(-1).narrow(0, offset, part.numel)
-                key = f"{local.name}#{count[local.name]}" if count[local.name] else local.name
-                pieces[key] = Piece.of(key, local.name, self.shapes[local.name], part, data)
-                count[local.name] += 1
+                pieces.append(Piece(local.name, local.placement.shape, part, data))
         return pieces
 
     def _written_here(self) -> set[str]:
@@ -187,10 +172,12 @@ class EngineState:
         Ranks that have the same elements share them out: in stage 0 the data-parallel ones, and of what is not sliced
         the tensor-parallel ones.
         """
-        data, tensor = self._data_parallel if self._replicated else Position(0, 1), self._tensor_parallel
-        every = Position(data.rank * tensor.size + tensor.rank, data.size * tensor.size)
+        if self._replicated:
+            of_sliced, of_others = self._data_parallel, self._everyone
+        else:
+            of_sliced, of_others = ALONE, self._tensor_parallel
         written = set()
-        for sliced, holders in ((True, data), (False, every)):
+        for sliced, holders in ((True, of_sliced), (False, of_others)):
             sizes = {
                 name: sum(math.prod(block.shape) for block in local.placement.blocks)
                 for name, local in self._locals.items()
@@ -200,16 +187,26 @@ class EngineState:
             written |= {name for name, writer in writers.items() if writer == holders.rank}
         return written
 
+    def differing_copies(self) -> list[str]:
+        """The whole model's parameters, not sliced, of which two ranks of a tensor-parallel group hold other master
+        weights at the same place. No rank may, but nothing but the same arithmetic keeps them alike. Collective."""
+        if self._tensor_parallel.size == 1:
+            return []
+        sums = {}
+        for local in self._locals.values():
+            if local.shard is not None and not local.placement.sliced:
+                part = local.shard.flat.data.view(-1).narrow(0, local.shard.offset, local.shard.numel)
+                sums[local.name] = part.view(torch.int32).sum(dtype=torch.int64)  # its bits; waited for once, below
+        values = torch.stack(list(sums.values())).tolist() if sums else []
+        of_ranks = host.gather((self._tensor_parallel.ranks[0], dict(zip(sums, values, strict=True))))
+        differing = {
+            name for first, found in of_ranks for name, value in found.items() if of_ranks[first][1].get(name) != value
+        }
+        return sorted(differing)
+
     def steps(self) -> dict[str, int]:
         """Adam's step count of every parameter, 0 before the first step. Collective."""
-        found = dict.fromkeys(self.shapes, 0)
-        for local in self._locals.values():
-            if local.shard is not None:
-                found[local.name] = max(found[local.name], self._step(local.shard))
-        counts = torch.tensor(list(found.values()), dtype=torch.int64, device=self._device)
-        if host.world_size() > 1:
-            dist.all_reduce(counts, op=dist.ReduceOp.MAX)
-        return dict(zip(found, counts.tolist(), strict=True))
+        return self._of_all_ranks([(name, self._step(shard)) for name, shard in self._local_shards()])
 
     @torch.no_grad()
     def load(self, kind: str, read: Callable[[str, Part], Tensor]) -> None:
@@ -236,9 +233,7 @@ class EngineState:
                     f for j, f in enumerate(outer.fp32_partitioned_groups_flat) if outer.sub_group_to_group_id[j] == i
                 ]
             rates |= {id(flat): float(group["weight_decay"]) for flat in flats}
-        here = {name: rates[id(shard.flat)] for name, shard in self._local_shards()}
-        found = {name: rate for part in host.gather(here) for name, rate in part.items()}
-        return {name: found[name] for name in self.shapes}
+        return self._of_all_ranks([(name, rates[id(shard.flat)]) for name, shard in self._local_shards()])
 
     def load_steps(self, steps: dict[str, int]) -> None:
         """Set Adam's step counts. Parameters that share a flat tensor share the count, which is their largest."""
@@ -294,6 +289,14 @@ class EngineState:
         """This rank's shards, with the name of the whole model's parameter."""
         return ((local.name, local.shard) for local in self._locals.values() if local.shard is not None)
 
+    def _of_all_ranks(self, here: list[tuple[str, Value]]) -> dict[str, Value]:
+        """The value of every parameter, from those of this rank's shards of it. Collective."""
+        found: dict[str, Value] = {}
+        for there in host.gather(here):
+            for name, value in there:
+                assert found.setdefault(name, value) == value, f"parts of {name} have {found[name]} and {value}"
+        return {name: found[name] for name in self.shapes}
+
     def _source(self, flat: Tensor, kind: str) -> Tensor | None:
         """The master weights or moments that belong to a flat tensor; None for a moment that does not exist yet."""
         return flat.data if kind == WEIGHTS else self._adam.state.get(flat, {}).get(kind)
@@ -340,15 +343,17 @@ class EngineState:
                 offsets = [0]
                 for parameter in group:
                     offsets.append(offsets[-1] + parameter.numel())
-                yield from _cut(group, offsets[:-1], flat, self._data_parallel.rank)
+                yield from _shards_in_row(group, offsets[:-1], flat, self._data_parallel.rank)
         else:
             # With round_robin_gradients the flat order is another than the group's.
             groups, offsets = outer.round_robin_bit16_groups, outer.round_robin_bit16_offsets
             for group, starts, flat in zip(groups, offsets, outer.single_partition_of_fp32_groups, strict=True):
-                yield from _cut(group, starts, flat, self._data_parallel.rank)
+                yield from _shards_in_row(group, starts, flat, self._data_parallel.rank)
 
 
-def _cut(group: list[Tensor], offsets: list[int], flat: Tensor, rank: int) -> Iterator[tuple[Tensor, Shard | None]]:
+def _shards_in_row(
+    group: list[Tensor], offsets: list[int], flat: Tensor, rank: int
+) -> Iterator[tuple[Tensor, Shard | None]]:
     """This rank's parts of parameters that start at `offsets` in a row, of which `flat` is its equal part.
 
     rank: among those that share the row.

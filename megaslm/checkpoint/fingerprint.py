@@ -128,7 +128,8 @@ def take_fingerprint(
 ) -> Fingerprint:
     """One forward pass of one short sequence, in evaluation mode; the model's mode is then what it was.
 
-    Through the model as a whole, whose hooks gather the weights under ZeRO-3: all ranks call it.
+    Through the model as a whole, whose hooks gather the weights under ZeRO-3, and whose layers talk to the other ranks
+    under tensor parallelism: all ranks call it.
 
     Args:
         tokens: two or more, of which all but the last fit in the context.
@@ -226,7 +227,7 @@ class FingerprintCheck:
 def check_fingerprint(
     model: LanguageModel, stored: Fingerprint, device: torch.device | str, is_rounded: bool = False
 ) -> FingerprintCheck:
-    """See whether a model computes what it did when its fingerprint was taken. All ranks call it under ZeRO-3.
+    """See whether a model computes what it did when its fingerprint was taken. All ranks call it.
 
     Args:
         device: of the model's inputs.

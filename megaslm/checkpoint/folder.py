@@ -31,18 +31,17 @@ from megaslm.checkpoint.fingerprint import Fingerprint
 from megaslm.checkpoint.format import (
     FILE_NAME,
     TOKENIZER,
-    WEIGHTS,
     Checkpoint,
     DamagedCheckpoint,
     Piece,
+    by_key,
     find_damages,
+    find_tensor_fault,
     open_checkpoint,
-    part_of,
     read_manifest,
     write_manifest,
 )
 from megaslm.checkpoint.safetensors_file import write_safetensors
-from megaslm.checkpoint.slices import find_fault
 from megaslm.errors import UserError
 from megaslm.files import flush_to_disk, side_by_side, sync_folder
 from megaslm.parallel import host
@@ -125,7 +124,7 @@ def assign_writers(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
 
 def write_checkpoint(
     directory: str | Path,
-    pieces: Mapping[str, Mapping[str, Piece]],
+    pieces: Mapping[str, Sequence[Piece]],
     *,
     step: int,
     run_config: dict[str, Any],
@@ -143,8 +142,7 @@ def write_checkpoint(
 
     Args:
         directory: where checkpoints go; made if missing.
-        pieces: {kind: {key: piece}}, this rank's; those of all ranks make up every tensor, without an overlap. key:
-            name in the file: the tensor's, unless `piece.parameter` is.
+        pieces: by kind, this rank's; those of all ranks make up every tensor, without an overlap.
         step: optimizer steps made.
         run_config, global_state, marks: plain JSON values, alike on all ranks.
         optimizer: see format.py; None for weights alone.
@@ -163,7 +161,7 @@ def write_checkpoint(
         assert FILE_NAME.fullmatch(f"{TOKENIZER}/{text_name}"), f"{text_name!r} is no name of a file"
     assert name is None or FILE_NAME.fullmatch(name) and "/" not in name, f"{name!r} is no name of a folder"
     tokenizer_files = tokenizer_files if tokenizer_files and host.rank() == 0 else {}  # one rank writes it
-    mine = sum(piece.nbytes for part in pieces.values() for piece in part.values())
+    mine = sum(piece.nbytes for of_kind in pieces.values() for piece in of_kind)
     mine += sum(len(text.encode()) for text in tokenizer_files.values())
     save = _Save(Path(directory), step, name, needed=sum(host.gather(mine)))
     hidden = host.broadcast(save.together(lambda: _prepare(save) if host.rank() == 0 else None))
@@ -180,13 +178,14 @@ def write_checkpoint(
         "files": {},
         "tensors": {},
     }
-    for part_files, part_entries in host.gather((files, entries)):
-        manifest["files"] |= part_files
-        for kind, part in part_entries.items():
+    for files_there, entries_there in host.gather((files, entries)):
+        manifest["files"] |= files_there
+        for kind, of_kind in entries_there.items():
             tensors = manifest["tensors"].setdefault(kind, {})
-            for parameter, shape, piece in part:
+            for parameter, shape, piece in of_kind:
                 tensors.setdefault(parameter, {"shape": shape, "pieces": []})["pieces"].append(piece)
-    _check_pieces(manifest["tensors"])
+    fault = find_tensor_fault(manifest["tensors"])
+    assert fault is None, f"our own invariant, looked at before the checkpoint gets its name: {fault}"
     save.together(lambda: _publish(hidden, save, manifest) if host.rank() == 0 else None, cleanup=hidden)
     return save.final
 
@@ -247,17 +246,6 @@ class _Save:
         except OSError as error:
             return f"which checkpoints are there can't be seen ({error.strerror})"
         return f"the last sound checkpoint is {sound[-1].path.name}" if sound else "there is no earlier checkpoint"
-
-
-def _check_pieces(tensors: dict[str, dict[str, Any]]) -> None:
-    """Our own invariant, looked at before a checkpoint gets its name: all tensors, without a gap or an overlap."""
-    assert WEIGHTS in tensors, "a checkpoint holds weights at least"
-    for kind, part in tensors.items():
-        assert part.keys() == tensors[WEIGHTS].keys(), f"{kind} of some parameters is missing"
-        for name, entry in part.items():
-            shape = tuple(entry["shape"])
-            fault = find_fault((part_of(piece, shape) for piece in entry["pieces"]), shape)
-            assert fault is None, f"{kind} of {name} is not whole: {fault}"
 
 
 def latest_sound(
@@ -466,25 +454,24 @@ def _remove(path: Path) -> None:
 
 
 def _write_files(
-    hidden: Path, pieces: Mapping[str, Mapping[str, Piece]], tokenizer_files: Mapping[str, str]
+    hidden: Path, pieces: Mapping[str, Sequence[Piece]], tokenizer_files: Mapping[str, str]
 ) -> tuple[dict, dict]:
     """Write this rank's files, side by side: a thread each hashes and writes, both outside of the interpreter's lock.
 
     Returns:
         Their entries in the manifest: {file: ...}, and {kind: [(parameter, shape, piece), ...]}.
     """
-    files = {kind: f"{kind}_{host.rank():05d}.safetensors" for kind, part in pieces.items() if part}
+    files = {kind: f"{kind}_{host.rank():05d}.safetensors" for kind, of_kind in pieces.items() if of_kind}
+    named = {kind: by_key(pieces[kind]) for kind in files}
 
     def write(kind: str) -> dict[str, Any]:
-        return write_safetensors(hidden / files[kind], {name: piece.stored for name, piece in pieces[kind].items()})
+        return write_safetensors(hidden / files[kind], {key: piece.stored for key, piece in named[kind].items()})
 
     written = dict(zip(files.values(), side_by_side(write, files), strict=True))
     if tokenizer_files:
         written |= _write_texts(hidden, TOKENIZER, tokenizer_files)
     entries = {
-        kind: [
-            (piece.parameter or key, list(piece.shape), piece.entry(key, file)) for key, piece in pieces[kind].items()
-        ]
+        kind: [(piece.parameter, list(piece.shape), piece.entry(key, file)) for key, piece in named[kind].items()]
         for kind, file in files.items()
     }
     return written, entries

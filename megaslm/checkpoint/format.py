@@ -27,11 +27,15 @@ manifest.json:
     tensors                 {kind: {parameter: {shape, pieces: [{file, start, numel, block?, tensor?}]}}}
 
 `kind` is "weights" or a moment; everything is fp32. A piece is the elements [start, start + numel) of the flattened
-tensor, as one rank held them under ZeRO: ranks write what they have, without a word between them. A whole tensor (one
-rank, or stage 0) is one piece, stored in its own shape. `block`, {offset, shape}, is the rectangle that a slice of
-tensor parallelism is, where that is no range of the flattened tensor: the piece is then elements of the block,
-flattened. A piece lies in its file under the parameter's name, or that of `tensor`: of a packed weight a rank may have
-several (its queries, its keys, its values). Nothing is pickled: reading executes nothing.
+tensor, as one rank held them under ZeRO: ranks write what they have, without a word between them. `block`, {offset,
+shape}, is the rectangle that a slice of tensor parallelism is, where that is no range of the flattened tensor: the
+piece is then elements of the block, flattened. A piece lies in its file under the parameter's name; of a packed weight
+a rank may have several (its queries, its keys, its values), and the second one's name there, as `tensor` says, is
+NAME#1, the third one's NAME#2. Nothing is pickled: reading executes nothing.
+
+What is whole (of one rank, or of stage 0) is stored in its own shape, and such a file is what others expect of one: all
+of NAME. In a file of a slice, NAME is what that rank had of it, of a packed weight its queries alone: read those with
+the manifest.
 
 There is no random state to keep: initial weights, sample order and sampled text are pure functions of the seed and of
 the samples consumed, and the network has no dropout.
@@ -43,7 +47,8 @@ import logging
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -55,7 +60,7 @@ from torch import Tensor
 
 from megaslm.checkpoint.fingerprint import Fingerprint
 from megaslm.checkpoint.safetensors_file import LazyTensor, SafetensorsFile
-from megaslm.checkpoint.slices import Part, Window, overlaps
+from megaslm.checkpoint.slices import Part, Window, find_fault, overlaps
 from megaslm.config import ModelConfig
 from megaslm.data import Tokenizer
 from megaslm.errors import UserError
@@ -72,7 +77,7 @@ WEIGHTS = "weights"
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 HASH_PLACE = "0" * 64
 FILES_AT_A_TIME = 8  # that are verified side by side
-COPIED = 2**22  # elements that are mapped at a time where a rectangle is copied row by row
+COPY_LIMIT = 2**22  # elements that are mapped at a time, at most or one row, where a rectangle is copied by rows
 
 
 # Of a file in the manifest: nothing outside of the folder, whoever wrote it.
@@ -85,68 +90,92 @@ class DamagedCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements [start, start + numel) of a tensor of global shape `shape`, flattened, or of a `block` of it, flattened.
+    """What one rank writes of a tensor.
 
-    data: on any device; (numel,), or the whole tensor (or block) in its own shape; written as fp32. A `LazyTensor`,
-        which is a whole tensor in fp32, is made when it is written.
-    block: None: all of the tensor.
-    parameter: the tensor's name, where the piece lies in its file under another one.
+    parameter, shape: the tensor's name, and its shape as a whole.
+    part: of it.
+    data: on any device; (part.numel,), or the whole tensor (or block) in its own shape; written as fp32. A
+        `LazyTensor`, which is a whole tensor in fp32, is made when it is written.
     """
 
+    parameter: str
     shape: tuple[int, ...]
-    start: int
+    part: Part
     data: Tensor | LazyTensor
-    block: Block | None = None
-    parameter: str | None = None
-
-    @property
-    def numel(self) -> int:
-        return self.data.numel()
 
     @property
     def nbytes(self) -> int:
-        return 4 * self.numel
+        return 4 * self.part.numel
 
     @property
     def stored(self) -> Tensor | LazyTensor:
-        """What is written. A whole tensor keeps its shape: the files are then plain safetensors for everyone else."""
+        """What is written: a whole tensor, or a whole block of one, in its own shape; else a line of elements."""
         if isinstance(self.data, LazyTensor):
             assert self.data.shape == self.shape and self.data.dtype == torch.float32, "a lazy piece is a whole tensor"
             return self.data
-        shape = self.shape if self.block is None else self.block.shape
-        return self.data.reshape(shape) if self.numel == math.prod(shape) else self.data
+        assert self.data.numel() == self.part.numel, f"{self.data.numel()} elements of {self.parameter} for {self.part}"
+        shape = self.part.block.shape
+        return self.data.reshape(shape if self.part.numel == math.prod(shape) else -1)
 
     @classmethod
-    def whole(cls, tensor: Tensor | LazyTensor) -> "Piece":
-        return cls(tuple(tensor.shape), 0, tensor)
-
-    @classmethod
-    def of(cls, key: str, parameter: str, shape: tuple[int, ...], part: Part, data: Tensor) -> "Piece":
-        """A part of a tensor that lies in its file under `key`."""
-        is_whole = part.block == Part.whole(shape).block
-        block, other_name = None if is_whole else part.block, None if key == parameter else parameter
-        return cls(shape, part.start, data, block, other_name)
+    def whole(cls, parameter: str, tensor: Tensor | LazyTensor) -> "Piece":
+        shape = tuple(tensor.shape)
+        return cls(parameter, shape, Part.whole(shape), tensor)
 
     def entry(self, key: str, file: str) -> dict[str, Any]:
         """Its entry in the manifest; key: its name in the file."""
-        entry: dict[str, Any] = {"file": file, "start": self.start, "numel": self.numel}
-        if self.block is not None:
-            entry["block"] = {"offset": list(self.block.offset), "shape": list(self.block.shape)}
-        if self.parameter is not None:
+        entry: dict[str, Any] = {"file": file, "start": self.part.start, "numel": self.part.numel}
+        if self.part.block != Block.whole(self.shape):
+            entry["block"] = {"offset": list(self.part.block.offset), "shape": list(self.part.block.shape)}
+        if key != self.parameter:
             entry["tensor"] = key
         return entry
 
 
-def part_of(piece: dict[str, Any], shape: Sequence[int]) -> Part:
-    """Of a tensor of `shape`, what the piece with this entry in the manifest is."""
-    place = piece.get("block")
-    block = Block(tuple(place["offset"]), tuple(place["shape"])) if place else Part.whole(tuple(shape)).block
-    return Part(block, piece["start"], piece["start"] + piece["numel"])
+def by_key(pieces: Iterable[Piece]) -> dict[str, Piece]:
+    """The pieces of one file by their names in it: the parameter's, and NAME#1, NAME#2, ... for more of the same."""
+    count: Counter[str] = Counter()
+    found = {}
+    for piece in pieces:
+        number = count[piece.parameter]
+        found[f"{piece.parameter}#{number}" if number else piece.parameter] = piece
+        count[piece.parameter] += 1
+    return found
+
+
+def _blocks(entry: dict[str, Any]) -> Iterator[tuple[dict[str, Any], Block]]:
+    """The pieces of a tensor with this entry in the manifest, and the block of the tensor that each is of."""
+    whole = Block.whole(tuple(entry["shape"]))
+    for piece in entry["pieces"]:
+        place = piece.get("block")
+        yield piece, Block(tuple(place["offset"]), tuple(place["shape"])) if place else whole
+
+
+def find_tensor_fault(tensors: dict[str, dict[str, Any]]) -> str | None:
+    """Why the `tensors` of a manifest are not all weights, and all of every kind there is; None if they are.
+
+    Every element has to be there once: what a read would not fill is whatever the memory held.
+    """
+    if WEIGHTS not in tensors:
+        return "it has no weights"
+    shapes = {name: entry["shape"] for name, entry in tensors[WEIGHTS].items()}
+    for kind, entries in tensors.items():
+        if {name: entry["shape"] for name, entry in entries.items()} != shapes:
+            return f"{kind} are not of the parameters that the weights are of"
+        for name, entry in entries.items():
+            ranges: dict[Block, list[tuple[int, int]]] = {}
+            for piece, block in _blocks(entry):
+                ranges.setdefault(block, []).append((piece["start"], piece["start"] + piece["numel"]))
+            fault = find_fault(ranges, tuple(entry["shape"]))
+            if fault is not None:
+                return f"{kind} of {name} is not whole: {fault}"
+    return None
 
 
 def _version(manifest: dict[str, Any]) -> int:
     """The lowest one whose readers understand it."""
-    pieces = (piece for part in manifest["tensors"].values() for entry in part.values() for piece in entry["pieces"])
+    entries = (entry for entries in manifest["tensors"].values() for entry in entries.values())
+    pieces = (piece for entry in entries for piece in entry["pieces"])
     return 3 if any("tensor" in piece for piece in pieces) else 2
 
 
@@ -192,18 +221,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{' and '.join(map(str, FORMAT_VERSIONS))}: use the megaslm that wrote it ({manifest.get('code')}), "
             f"or {other}"
         )
-    _check_names(path, manifest)
+    try:
+        fault = _find_strange_name(manifest) or find_tensor_fault(manifest["tensors"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        fault = f"an entry of a tensor is not one of ours ({error!r})"
+    if fault is not None:
+        raise UserError(f"{path} was not written by megaslm: {fault}; do not use it")
     return manifest
 
 
-def _check_names(path: Path, manifest: dict[str, Any]) -> None:
-    """Refuse a manifest that means files outside of its folder, or tensors in files whose hashes it does not have."""
+def _find_strange_name(manifest: dict[str, Any]) -> str | None:
+    """Whether a manifest means files outside of its folder, or tensors in files whose hashes it does not have."""
     files = manifest["files"]
-    pieces = (piece for part in manifest["tensors"].values() for entry in part.values() for piece in entry["pieces"])
     strange = [name for name in files if not FILE_NAME.fullmatch(name)]
-    strange += [piece["file"] for piece in pieces if piece["file"] not in files]
-    if strange:
-        raise UserError(f"{path} was not written by megaslm: {strange[0]!r} is no file of a checkpoint; do not use it")
+    for entries in manifest["tensors"].values():
+        for entry in entries.values():
+            strange += [piece["file"] for piece in entry["pieces"] if piece["file"] not in files]
+    return f"{strange[0]!r} is no file of a checkpoint" if strange else None
 
 
 def _describe_foreign(folder: Path) -> str:
@@ -252,6 +286,7 @@ class Checkpoint:
         self.global_state: dict[str, Any] = manifest["global_state"]
         self.optimizer: dict[str, Any] | None = manifest["optimizer"]
         self._files: dict[str, SafetensorsFile] = {}
+        self._stored: dict[tuple[str, str], list[tuple[Part, str, str]]] = {}
         self._held_texts: dict[str, str] | None = None
 
     @cached_property
@@ -335,22 +370,30 @@ class Checkpoint:
 
         Raises as `read`.
         """
-        entry = self.manifest["tensors"][kind][name]
-        shape, pieces = entry["shape"], entry["pieces"]
-        found = [(piece, *both) for piece in pieces for both in overlaps(part_of(piece, shape), part)]
-        assert sum(source.numel for _, source, _ in found) == part.numel, f"pieces of {kind} of {name} are missing"
-        mapped = len(found) == 1 and found[0][1].is_contiguous
+        pieces = self._pieces(kind, name)
+        found = [(file, key, *both) for held, file, key in pieces for both in overlaps(held, part)]
+        assert sum(source.numel for *_, source, _ in found) == part.numel, f"pieces of {kind} of {name} are missing"
+        mapped = len(found) == 1 and found[0][2].is_contiguous
         out = None if mapped else torch.empty(part.numel, dtype=torch.float32)
-        for piece, source, target in found:
-            file, key = self._file(piece["file"]), piece.get("tensor", name)
+        for file_name, key, source, target in found:
+            file = self._file(file_name)
             try:
                 if out is None:
                     return file.map(key, source.start, source.stop, torch.float32)
                 _copy(file, key, source, target.of(out[target.start : target.stop]))
             except (OSError, ValueError) as error:
                 refuse_too_many_files(error)
-                raise self._damaged(f"{piece['file']} can't be read ({error})") from error
+                raise self._damaged(f"{file_name} can't be read ({error})") from error
         return out
+
+    def _pieces(self, kind: str, name: str) -> list[tuple[Part, str, str]]:
+        """Of a tensor: each piece's part, its file, and its name there."""
+        if (kind, name) not in self._stored:
+            self._stored[kind, name] = [
+                (Part(block, piece["start"], piece["start"] + piece["numel"]), piece["file"], piece.get("tensor", name))
+                for piece, block in _blocks(self.manifest["tensors"][kind][name])
+            ]
+        return self._stored[kind, name]
 
     def hold(self) -> None:
         """Keep what can be read, even if another process deletes the folder: open files, and the tokenizer's texts.
@@ -395,7 +438,7 @@ def _copy(file: SafetensorsFile, key: str, source: Window, out: Tensor) -> None:
     if source.is_contiguous and out.is_contiguous():
         file.read_into(out.view(-1), key, source.start)
         return
-    rows = max(1, COPIED // math.prod(source.shape[1:]))
+    rows = max(1, COPY_LIMIT // math.prod(source.shape[1:]))
     for first in range(0, len(out), rows):
         some = source.rows(first, min(first + rows, len(out)))
         out[first : first + rows] = some.of(file.map(key, some.start, some.stop, torch.float32))
@@ -404,8 +447,8 @@ def _copy(file: SafetensorsFile, key: str, source: Window, out: Tensor) -> None:
 def files_of(manifest: dict[str, Any], kinds: Sequence[str] | None = None) -> list[str]:
     """The files that hold tensors of these kinds (None: of all), and those that hold none, sorted."""
     holders = {
-        kind: {piece["file"] for entry in part.values() for piece in entry["pieces"]}
-        for kind, part in manifest["tensors"].items()
+        kind: {piece["file"] for entry in entries.values() for piece in entry["pieces"]}
+        for kind, entries in manifest["tensors"].items()
     }
     left_out = set().union(*(holders[kind] for kind in holders if kinds is not None and kind not in kinds))
     return sorted(set(manifest["files"]) - left_out)

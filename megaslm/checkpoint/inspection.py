@@ -249,8 +249,8 @@ def look(
     statistics = None
     if tensors:
         statistics = []
-        for kind, part in manifest["tensors"].items():
-            for name in sorted(part):
+        for kind, entries in manifest["tensors"].items():
+            for name in sorted(entries):
                 one = _describe(checkpoint, kind, name)
                 if one is None:
                     damage.append(f"{kind} of {name} can't be read")

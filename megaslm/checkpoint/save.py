@@ -33,6 +33,14 @@ def _engine_state(engine):
     return EngineState(engine)
 
 
+def differing_copies(engine) -> list[str]:
+    """Parameters of which every rank of a tensor-parallel group should hold the same, and some do not. Collective.
+
+    A checkpoint has one rank's of each.
+    """
+    return _engine_state(engine).differing_copies()
+
+
 class NoHostMemory(UserError):
     """A rank has no room for a copy of its state; without one, the state can be saved while the training waits."""
 
@@ -41,11 +49,11 @@ class NoHostMemory(UserError):
 class Snapshot:
     """One rank's part of a checkpoint, as taken at a step; `write` puts it on the disk.
 
-    pieces: {kind: {parameter: piece}}; manifest: what the manifest says of the run, arguments of `write_checkpoint`.
+    pieces: by kind; manifest: what the manifest says of the run, arguments of `write_checkpoint`.
     """
 
     directory: Path
-    pieces: dict[str, dict[str, Piece]]
+    pieces: dict[str, list[Piece]]
     manifest: dict[str, Any]
 
     def write(self) -> Path:
@@ -128,7 +136,7 @@ def take_snapshot(
     raise error
 
 
-def _take_pieces(state, kinds: tuple[str, ...], buffers: HostBuffers | None) -> dict[str, dict[str, Piece]]:
+def _take_pieces(state, kinds: tuple[str, ...], buffers: HostBuffers | None) -> dict[str, list[Piece]]:
     pieces = {kind: state.pieces(kind, buffers) for kind in kinds}
     if buffers is not None:
         buffers.wait()
@@ -152,7 +160,8 @@ def restore(checkpoint: Checkpoint, engine, *, weights_only: bool = False) -> di
     """Continue a checkpoint in an engine: weights, moments, step counts and loss scale. Collective.
 
     In the layout of the save the continuation is exact; in another one it differs by the rounding of the sums. Learning
-    rate, decay and betas are the engine's own and stay as they are. Every rank reads only what it holds.
+    rate, decay and betas are the engine's own and stay as they are. Every rank reads only what it holds, or of a matrix
+    whose columns were or are shared out, whole rows.
 
     Args:
         engine: fresh, or between optimizer steps (what it holds is overwritten).

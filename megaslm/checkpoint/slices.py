@@ -5,9 +5,11 @@ A rank of tensor parallelism holds a block of a tensor, a rectangle; a rank of Z
 is at most a few rectangles, and each of them lies in both parts with a constant stride from row to row (`Window`).
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -24,18 +26,27 @@ class Part:
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> "Part":
-        return cls(Block((0,) * len(shape), shape), 0, math.prod(shape))
+        return cls(Block.whole(shape), 0, math.prod(shape))
 
     @property
     def numel(self) -> int:
         return self.stop - self.start
 
+    @cached_property
+    def rows(self) -> Block:
+        """The rows of the block in which these elements lie."""
+        if not self.block.shape or self.start >= self.stop:
+            return self.block
+        row = math.prod(self.block.shape[1:])
+        first, last = self.start // row, -(-self.stop // row)
+        return Block((self.block.offset[0] + first, *self.block.offset[1:]), (last - first, *self.block.shape[1:]))
+
     def flattened(self, shape: tuple[int, ...]) -> "Part":
-        """These elements as a range of the whole tensor of `shape`, where they are one; else as they are."""
-        block, whole = _folded(self.block, Block((0,) * len(shape), shape))
+        """The same elements, as a range of the whole tensor of `shape` where the block is one; else as they are."""
+        block, whole = _folded(self.block, Block.whole(shape))
         if len(whole.shape) > 1:
             return self
-        return Part(Part.whole(shape).block, block.offset[0] + self.start, block.offset[0] + self.stop)
+        return Part(Block.whole(shape), block.offset[0] + self.start, block.offset[0] + self.stop)
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,12 @@ class Window:
 
 def overlaps(held: Part, wanted: Part) -> Iterator[tuple[Window, Window]]:
     """What two parts of one tensor have in common, as rectangles; each as a window in `held` and one in `wanted`."""
+    # Of a tensor in many pieces nearly all have nothing of what is wanted, which is to be seen at once.
+    if held.block == wanted.block:
+        if held.stop <= wanted.start or wanted.stop <= held.start:
+            return
+    elif _intersection(held.rows, wanted.rows) is None:
+        return
     held_block, wanted_block = _folded(held.block, wanted.block)
     for place, rectangle in _rectangles(held_block, held.start, held.stop):
         for other_place, other in _rectangles(wanted_block, wanted.start, wanted.stop):
@@ -85,7 +102,7 @@ def overlaps(held: Part, wanted: Part) -> Iterator[tuple[Window, Window]]:
                 )
 
 
-def cut(blocks: Iterable[Block], start: int, stop: int) -> Iterator[tuple[int, Part]]:
+def parts_between(start: int, stop: int, blocks: Iterable[Block]) -> Iterator[tuple[int, Part]]:
     """The parts in elements [start, stop) of blocks that lie flattened one after the other.
 
     Yields:
@@ -100,26 +117,33 @@ def cut(blocks: Iterable[Block], start: int, stop: int) -> Iterator[tuple[int, P
         begin = end
 
 
-def find_fault(parts: Iterable[Part], shape: tuple[int, ...]) -> str | None:
-    """Why parts are not the whole tensor of `shape`, every element once; None if they are."""
-    ranges: dict[Block, list[tuple[int, int]]] = {}
-    for part in parts:
-        ranges.setdefault(part.block, []).append((part.start, part.stop))
+def find_fault(ranges: Mapping[Block, list[tuple[int, int]]], shape: tuple[int, ...]) -> str | None:
+    """Why parts are not the whole tensor of `shape`, every element once; None if they are.
+
+    Args:
+        ranges: by block of the tensor, the (start, stop) of its parts, in any order.
+
+    Raises:
+        ValueError: a block has not as many dimensions as the tensor.
+    """
     total = 0
     for block, found in ranges.items():
-        found.sort()
-        ends = [0, *(stop for _, stop in found)]
-        if [start for start, _ in found] != ends[:-1] or ends[-1] != math.prod(block.shape):
+        end = 0
+        for start, stop in sorted(found):
+            if start != end or stop < start:
+                return f"its block {block} has gaps or overlaps"
+            end = stop
+        if end != math.prod(block.shape):
             return f"its block {block} has gaps or overlaps"
-        if any(low < 0 or low + n > size for low, n, size in zip(block.offset, block.shape, shape, strict=True)):
+        if any(not 0 <= low <= low + n <= size for low, n, size in zip(block.offset, block.shape, shape, strict=True)):
             return f"its block {block} reaches out of {shape}"
-        total += ends[-1]
-    blocks = list(ranges)
-    for i, block in enumerate(blocks):
-        for other in blocks[:i]:
-            if _intersection(block, other) is not None:
-                return f"its blocks {other} and {block} overlap"
-    return None if total == math.prod(shape) else f"it has {total} of {math.prod(shape)} elements"
+        total += end
+    if total != math.prod(shape):
+        return f"it has {total} of {math.prod(shape)} elements"
+    for block, other in itertools.combinations(ranges, 2):
+        if _intersection(block, other) is not None:
+            return f"its blocks {block} and {other} overlap"
+    return None
 
 
 def _folded(a: Block, b: Block) -> tuple[Block, Block]:

@@ -20,8 +20,8 @@ def sample_tokens(
 
     temperature 0 takes the most probable token; top_k 0 keeps the whole vocabulary. The context slides once it is full.
     The draws are made on the CPU from `seed`, so that ranks with the same weights get the same text. Every call makes
-    max_new_tokens forward passes, whatever it meets: under ZeRO-3 a forward is collective, and a rank that drew another
-    token from a logit's last bit must not leave the others waiting.
+    max_new_tokens forward passes, whatever it meets: under ZeRO-3 and tensor parallelism a forward is collective, and a
+    rank that drew another token from a logit's last bit must not leave the others waiting.
     """
     was_training = model.training
     model.eval()

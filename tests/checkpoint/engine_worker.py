@@ -23,6 +23,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from megaslm.checkpoint import (
+    Checkpoint,
     HostBuffers,
     Piece,
     check_fingerprint,
@@ -40,7 +41,7 @@ from megaslm.checkpoint.safetensors_file import write_safetensors
 from megaslm.config import ModelConfig
 from megaslm.errors import UserError
 from megaslm.model import build_model
-from megaslm.parallel import host, init_distributed, shard_model
+from megaslm.parallel import Placement, host, init_distributed, shard_model
 from megaslm.training.start import check_restored
 
 VOCAB, WIDTH, GLOBAL_BATCH = 61, 16, 4
@@ -131,9 +132,10 @@ def fingerprint(engine) -> str:
     state, digest = EngineState(engine), hashlib.sha256()
     for kind in KINDS:
         mine = [
-            (n, p.start, p.data.contiguous().numpy().tobytes()) for n, p in state.pieces(kind, HostBuffers()).items()
+            (piece.parameter, piece.part.start, piece.data.contiguous().numpy().tobytes())
+            for piece in state.pieces(kind, HostBuffers())
         ]
-        for _, _, data in sorted(piece for part in host.gather(mine) for piece in part):
+        for _, _, data in sorted(piece for of_rank in host.gather(mine) for piece in of_rank):
             digest.update(data)
     digest.update(json.dumps([state.steps(), state.weight_decay(), state.loss_scaler()]).encode())
     return digest.hexdigest()
@@ -258,6 +260,12 @@ def failures(directory: Path) -> dict:
     engine.destroy()
     engine = build("z1", seed=1, hidden=38)
     result["another_model"] = message_of(restore, checkpoint, engine)
+    # As if two parameters here were parts of one, such as queries and keys, but in groups of their own.
+    engine.module.norm.weight.placement = Placement("up.weight", (38, 16), (), sliced=True)
+    try:
+        EngineState(engine).weight_decay()
+    except AssertionError as error:
+        result["two_rates"] = str(error)
     engine.destroy()
     return result
 
@@ -290,7 +298,10 @@ def fingerprints(directory: Path) -> dict:
 
 
 def network(bias: bool) -> ModelConfig:
-    """With everything that is cut in a way of its own; for 4 ranks, fewer key/value heads. Without biases a qwen3."""
+    """With everything that is cut in a way of its own, and fewer key/value heads than 4 ranks.
+
+    bias: without biases it is the network that Qwen3 is, and can be exported.
+    """
     sizes = {
         "num_layers": 2,
         "hidden_size": 20,
@@ -322,19 +333,20 @@ def write_made_up(directory: Path, config: ModelConfig) -> Path:
     shapes = {name: tuple(parameter.shape) for name, parameter in build_model(config, seed=1).named_parameters()}
     generator = torch.Generator().manual_seed(1)
     pieces = {
-        kind: {name: Piece.whole(torch.randn(shape, generator=generator).abs()) for name, shape in shapes.items()}
+        kind: [Piece.whole(name, torch.randn(shape, generator=generator).abs()) for name, shape in shapes.items()]
         for kind in KINDS
     }
     optimizer = {
         "type": "adam",
         "moments": list(KINDS[1:]),
-        "steps": dict.fromkeys(shapes, 3),
+        "steps": {name: 3 if len(shape) > 1 else 5 for name, shape in shapes.items()},
         "weight_decay": {name: 0.1 if len(shape) > 1 else 0.0 for name, shape in shapes.items()},
         "loss_scaler": None,
     }
     pieces = pieces if dist.get_rank() == 0 else {}
     run_config = {"model": config.model_dump(mode="json")}
-    return write_checkpoint(directory, pieces, step=3, run_config=run_config, global_state={}, optimizer=optimizer)
+    options = {"run_config": run_config, "global_state": {"samples": 12}, "optimizer": optimizer}
+    return write_checkpoint(directory, pieces, step=3, **options)
 
 
 def relay(directory: Path, name: str, bias: bool, stations: list[list]) -> list[str]:
@@ -350,6 +362,70 @@ def relay(directory: Path, name: str, bias: bool, stations: list[list]) -> list[
         paths.append(save_checkpoint(folder, engine, step=3, buffers=buffers, **options))
         engine.destroy()
     return list(map(str, paths))
+
+
+def global_batch(number: int) -> torch.Tensor:
+    return torch.randint(VOCAB, (GLOBAL_BATCH, 9), generator=torch.Generator().manual_seed(number))
+
+
+def train_sliced(engine, number: int) -> str:
+    """One step, on a batch that the ranks of data parallelism share out; the mean loss."""
+    rank, size = dist.get_rank(engine.seq_data_parallel_group), engine.seq_dp_world_size
+    mine = global_batch(number).tensor_split(size)[rank]
+    objective, loss = engine(mine[:, :-1], mine[:, 1:])
+    engine.backward(objective / mine[:, 1:].numel())
+    engine.step()
+    means = host.gather(loss.item() / mine[:, 1:].numel())
+    return (sum(means) / len(means)).hex()
+
+
+def train_whole(checkpoint: Checkpoint, dtype: torch.dtype) -> list[str]:
+    """The losses of two steps of torch's own Adam on the whole network, in fp32 but for weights rounded to `dtype`."""
+    model, losses = build_model(checkpoint.model_config, seed=2), []
+    masters = [nn.Parameter(checkpoint.read(name)) for name, _ in model.named_parameters()]
+    groups = [{"params": [p], "weight_decay": 0.1 if p.dim() > 1 else 0.0} for p in masters]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2)
+    for master, (name, _) in zip(masters, model.named_parameters(), strict=True):
+        optimizer.state[master] = {kind: checkpoint.read(name, kind) for kind in KINDS[1:]}
+        optimizer.state[master]["step"] = torch.tensor(float(checkpoint.optimizer["steps"][name]))
+    for number in (0, 1):
+        for master, parameter in zip(masters, model.parameters(), strict=True):
+            parameter.data = master.detach().to(dtype).float()
+        batch = global_batch(number)
+        objective, loss = model(batch[:, :-1], batch[:, 1:])
+        gradients = torch.autograd.grad(objective / batch[:, 1:].numel(), list(model.parameters()))
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient
+        optimizer.step()
+        losses.append((loss.item() / batch[:, 1:].numel()).hex())
+    return losses
+
+
+def steps_between(directory: Path, source: str, layout: str, tensor_parallel_size: int) -> dict:
+    """Continue a checkpoint of one rank: two steps, a save between them, and the second once more from that save."""
+    made_up, folder = open_checkpoint(directory / source), directory / f"steps_{layout}_{tensor_parallel_size}"
+    engine = build_sliced(made_up.model_config, layout, tensor_parallel_size)
+    options = {"run_config": made_up.run_config, "global_state": {}}
+    unborn = open_checkpoint(save_checkpoint(folder, engine, step=0, **options))
+    result = {
+        "unborn steps": sorted(set(unborn.optimizer["steps"].values())),
+        "unborn moments": sum(unborn.read(name, "exp_avg").abs().sum().item() for name in unborn.shapes),
+    }
+    restore(made_up, engine)
+    losses = [train_sliced(engine, 0)]
+    path = save_checkpoint(folder, engine, step=4, **options)
+    losses.append(train_sliced(engine, 1))
+    result |= {"losses": losses, "end": fingerprint(engine)}
+    restore(open_checkpoint(path), engine)
+    result |= {"again": train_sliced(engine, 1), "end again": fingerprint(engine)}
+    result["loss scaler"] = open_checkpoint(path).optimizer["loss_scaler"]
+    restore(made_up, engine, weights_only=True)
+    result["weights alone"] = train_sliced(engine, 0)
+    result["steps of weights alone"] = sorted(set(EngineState(engine).steps().values()))
+    dtype = next(engine.module.parameters()).dtype
+    result["expected"] = host.on_first(lambda: train_whole(made_up, dtype))
+    engine.destroy()
+    return result
 
 
 def killed_save(directory: Path) -> None:

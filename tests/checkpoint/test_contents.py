@@ -16,6 +16,7 @@ from megaslm.checkpoint import (
     DamagedCheckpoint,
     Fingerprint,
     LazyTensor,
+    Part,
     Piece,
     SaveFailed,
     inspect_path,
@@ -28,10 +29,10 @@ from megaslm.checkpoint import format as format_module
 from megaslm.checkpoint.fingerprint import Figures
 from megaslm.checkpoint.format import Checkpoint, find_damage, read_manifest, write_manifest
 from megaslm.checkpoint.safetensors_file import write_safetensors
-from megaslm.checkpoint.slices import Part
 from megaslm.config import ModelConfig
 from megaslm.data import character_tokenizer
 from megaslm.errors import UserError
+from megaslm.parallel import Block
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
 FINGERPRINT = Fingerprint([1, 2, 3], "fp32", 2.5, [0.25, -1.0], {"bf16": Figures(2.6, [0.5, -1.5])})
@@ -44,7 +45,7 @@ def tokenizer():
 
 
 def write(directory: Path, step: int = 1, pieces=None, **options) -> Path:
-    pieces = pieces or {kind: {"w": Piece.whole(torch.arange(6.0).view(2, 3))} for kind in KINDS}
+    pieces = pieces or {kind: [Piece.whole("w", torch.arange(6.0).view(2, 3))] for kind in KINDS}
     arguments = {"run_config": {"model": MODEL}, "global_state": {}, "optimizer": None} | options
     return write_checkpoint(directory, pieces, step=step, **arguments)
 
@@ -113,6 +114,88 @@ def test_a_manifest_names_no_file_outside_of_its_folder(tmp_path, name):
         with pytest.raises(AssertionError, match="is no name"):
             write(tmp_path / "b", name=name)
     assert not (tmp_path / "b").exists()
+
+
+LEFT, RIGHT = ({"offset": [0, at], "shape": [2, n]} for at, n in ((0, 1), (1, 2)))
+SLICES = [{"start": 0, "numel": 2, "block": LEFT}, {"start": 0, "numel": 4, "block": RIGHT}]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "fault"),
+    [
+        (SLICES[:1], "2 of 6 elements"),
+        ([SLICES[0], SLICES[0], SLICES[1]], "gaps or overlaps"),
+        ([SLICES[0], SLICES[0]], "gaps or overlaps"),
+        ([SLICES[0] | {"numel": 6}], "gaps or overlaps"),
+        ([{"start": -1, "numel": 7}], "gaps or overlaps"),
+        ([SLICES[0], SLICES[1] | {"block": RIGHT | {"offset": [1, 1]}}], "reaches out"),
+        ([SLICES[0], SLICES[1] | {"block": RIGHT | {"offset": [0, 0]}}], "overlap"),
+        ([SLICES[0] | {"numel": 3}, SLICES[1] | {"block": RIGHT | {"shape": [2, 0]}}], "gaps or overlaps"),
+        ([{"start": 0, "numel": 2, "block": {"offset": [0], "shape": [2]}}], "is not one of ours"),
+        ([SLICES[0], SLICES[1] | {"block": {"offset": [0, 1]}}], "is not one of ours .*'shape'"),
+        ([{"start": 0}], "is not one of ours .*'numel'"),
+        ([{"start": "0", "numel": 6}], "is not one of ours"),
+        ([], "0 of 6 elements"),
+    ],
+)
+def test_a_manifest_whose_pieces_are_not_the_tensor_is_refused(tmp_path, pieces, fault):
+    """What a read would not fill is whatever the memory held."""
+    path = write(tmp_path)
+    file = {"file": "weights_00000.safetensors"}
+    manifest = read_manifest(path)
+    manifest["tensors"]["weights"]["w"]["pieces"] = [file | piece for piece in pieces]
+    rewrite(path, tensors=manifest["tensors"])
+    for look in (open_checkpoint, inspect_path):
+        with pytest.raises(UserError, match=f"manifest.json was not written by megaslm: .*{fault}.*; do not use it$"):
+            look(path)
+    assert "was not written by megaslm" in inspect_path(tmp_path).checkpoints[0].damage[0]
+
+
+@pytest.mark.parametrize("change", [{"exp_avg": {}}, {"weights": {}}])
+def test_a_manifest_whose_kinds_are_not_of_the_same_tensors_is_refused(tmp_path, change):
+    path = write(tmp_path)
+    rewrite(path, tensors=read_manifest(path)["tensors"] | change)
+    with pytest.raises(UserError, match="was not written by megaslm: .* not of the parameters that the weights are of"):
+        open_checkpoint(path)
+
+
+def test_a_folder_that_older_code_wrote_is_read(tmp_path):
+    """Byte by byte what a version 2 is: two ranks of ZeRO, no fingerprint, no slices."""
+    folder = tmp_path / "step_00000003"
+    folder.mkdir()
+    files = {}
+    for rank, numbers in enumerate(([0, 1, 2, 3], [4, 5])):
+        entry = {"dtype": "F32", "shape": [len(numbers)], "data_offsets": [0, 4 * len(numbers)]}
+        header = json.dumps({"__metadata__": {"format": "pt"}, "w": entry}).encode()
+        data = struct.pack("<Q", len(header)) + header + struct.pack(f"<{len(numbers)}f", *numbers)
+        (folder / f"weights_{rank:05d}.safetensors").write_bytes(data)
+        files[f"weights_{rank:05d}.safetensors"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    pieces = [
+        {"file": "weights_00000.safetensors", "start": 0, "numel": 4},
+        {"file": "weights_00001.safetensors", "start": 4, "numel": 2},
+    ]
+    manifest = {
+        "format": "megaslm-checkpoint",
+        "version": 2,
+        "sha256": "0" * 64,
+        "serial": 1,
+        "written": "2026-01-01T00:00:00.000000+00:00",
+        "step": 3,
+        "code": {"megaslm": "0.1.0"},
+        "run_config": {"name": "old"},
+        "global_state": {"samples": 12},
+        "marks": {"validation_loss": None, "epoch": None},
+        "optimizer": None,
+        "files": files,
+        "tensors": {"weights": {"w": {"shape": [2, 3], "pieces": pieces}}},
+    }
+    text = json.dumps(manifest)
+    (folder / "manifest.json").write_text(text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest(), 1))
+    checkpoint = open_checkpoint(folder)
+    assert (checkpoint.step, checkpoint.global_state, checkpoint.fingerprint) == (3, {"samples": 12}, None)
+    assert checkpoint.read("w").tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert checkpoint.read_part("weights", "w", Part(Block((0, 1), (2, 1)), 0, 2)).tolist() == [1, 4]
+    assert inspect_path(folder).passed
 
 
 @pytest.fixture
@@ -228,7 +311,7 @@ def test_what_is_held_can_be_read_after_the_folder_is_gone(tmp_path, tokenizer):
     checkpoint.hold()
     shutil.rmtree(checkpoint.path)
     assert checkpoint.read("w", "exp_avg_sq").tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert checkpoint.read_part("weights", "w", Part(Part.whole((2, 3)).block, 2, 4)).tolist() == [2, 3]
+    assert checkpoint.read_part("weights", "w", Part(Block.whole((2, 3)), 2, 4)).tolist() == [2, 3]
     assert checkpoint.tokenizer().same_files(tokenizer)
     checkpoint.close()
     with pytest.raises(DamagedCheckpoint, match="its tokenizer can't be read"):
@@ -319,7 +402,7 @@ def test_lazy_pieces_are_made_one_at_a_time(tmp_path):
     def lazy(name: str) -> LazyTensor:
         return LazyTensor(torch.float32, (3, 2), lambda: made.append(name) or tensors[name].to(torch.bfloat16))
 
-    pieces = {"weights": {name: Piece.whole(lazy(name)) for name in tensors}}
+    pieces = {"weights": [Piece.whole(name, lazy(name)) for name in tensors]}
     checkpoint = open_checkpoint(write(tmp_path, pieces=pieces))
     assert made == list(tensors)
     assert checkpoint.shapes == dict.fromkeys(tensors, (3, 2))
@@ -370,9 +453,7 @@ def test_a_file_that_lies_about_its_tensors_is_damaged(tmp_path, header, in_part
         file = struct.pack("<Q", len(part)) + part + bytes(24)
         (checkpoint.path / "weights_00000.safetensors").write_bytes(file)
         with pytest.raises(DamagedCheckpoint, match="weights_00000.safetensors can't be read"):
-            checkpoint.read_part("weights", "w", Part(Part.whole((2, 3)).block, 5, 6)) if in_part else checkpoint.read(
-                "w"
-            )
+            checkpoint.read_part("weights", "w", Part(Block.whole((2, 3)), 5, 6)) if in_part else checkpoint.read("w")
         checkpoint.close()
 
 

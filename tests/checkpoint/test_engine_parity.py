@@ -138,6 +138,7 @@ def test_failures_are_told_on_every_rank(found, ranks):
     assert all("exp_avg_0000" in message and "hash differs" in message for message in result["damaged"])
     assert result["replaced"] == 2 and result["list"] == ["step_00000001", "step_00000002"]
     assert all("up.weight is [37, 16] in the checkpoint and [38, 16]" in text for text in result["another_model"])
+    assert result["two_rates"] == "parts of up.weight have 0.0 and 0.1"
 
 
 # Layout and tensor-parallel size on 4 ranks: each continues what the one before it has saved.
@@ -151,28 +152,38 @@ STATIONS = [
     ("z0", 4),
     ("z2_round_robin", 2),
     ("z3_bf16_subgroups", 4),
-    ("z1_bf16", 1),
     ("z3_bf16_offload", 2),
     ("z0", 1),
 ]
 
 
+# That train on: every weight is released between its uses; the loss is scaled.
+STEPPED = [("z3_bf16", 2), ("z2_fp16", 4)]
+
+
 @pytest.fixture(scope="module")
-def relays(fork_ranks, tmp_path_factory) -> dict[str, list[Path]]:
-    """A made-up checkpoint, and then that of every station."""
+def on_four(fork_ranks, tmp_path_factory) -> dict:
+    """Rank 0's findings, by task, of one launch."""
     tasks = [["relay", "all kinds", True, STATIONS], ["relay", "qwen3", False, STATIONS[:1]]]
-    found = launch(fork_ranks, 4, tmp_path_factory.mktemp("relays"), tasks)
-    return {name: list(map(Path, found[f"relay {name} {bias}"])) for _, name, bias, _ in tasks}
+    tasks += [["steps_between", "all kinds/step_00000003", *one] for one in STEPPED]
+    return launch(fork_ranks, 4, tmp_path_factory.mktemp("relays"), tasks)
 
 
 @pytest.fixture(scope="module")
-def relayed(relays) -> list[Path]:
-    return relays["all kinds"]
+def relayed(on_four) -> list[Path]:
+    """A made-up checkpoint, and then that of every station."""
+    return list(map(Path, on_four["relay all kinds True"]))
+
+
+@pytest.fixture(scope="module")
+def qwen3(on_four) -> list[Path]:
+    """A made-up checkpoint of one rank, and that of 2 x 2."""
+    return list(map(Path, on_four["relay qwen3 False"]))
 
 
 @pytest.mark.parametrize("station", range(1, len(STATIONS) + 1), ids=lambda i: f"{STATIONS[i - 1]}")
 def test_slices_go_from_layout_to_layout_bit_for_bit(relayed, station):
-    """Weights, moments, step counts and weight decay."""
+    """Weights, moments, step counts and weight decay; and what the run itself has kept there."""
     comparison = compare_checkpoints(relayed[0], relayed[station])
     assert comparison.passed, comparison.tensors
     assert len(comparison.tensors) == 3 and all(kind.compared == 26 for kind in comparison.tensors)
@@ -200,10 +211,22 @@ def test_the_layouts_are_in_the_files(relayed):
     ]
 
 
-def test_the_export_of_slices_is_that_of_the_whole(relays, tmp_path):
+@pytest.mark.parametrize(("layout", "tensor_parallel"), STEPPED)
+def test_what_slices_restore_is_what_the_next_steps_run_on(on_four, layout, tensor_parallel):
+    """In a fresh engine and in one that has made steps: weights of the model, moments, step counts and loss scale."""
+    result = on_four[f"steps_between all kinds/step_00000003 {layout} {tensor_parallel}"]
+    assert values(result["losses"]) == pytest.approx(values(result["expected"]), rel=2e-3)
+    assert result["again"] == result["losses"][1] != result["losses"][0]
+    assert result["end again"] == result["end"]
+    assert (result["unborn steps"], result["unborn moments"]) == ([0], 0)
+    assert result["weights alone"] == result["losses"][0] and result["steps of weights alone"] == [1]
+    assert (result["loss scaler"] or {}).get("cur_iter") == (1 if "fp16" in layout else None)
+
+
+def test_the_export_of_slices_is_that_of_the_whole(qwen3, tmp_path):
     """Byte for byte, of the same weights from one rank and from 2 x 2."""
     exports = []
-    for name, path in zip(("whole", "slices"), relays["qwen3"], strict=True):
+    for name, path in zip(("whole", "slices"), qwen3, strict=True):
         export_checkpoint(open_model(path), tmp_path / name, without_tokenizer=True, check=False)
         exports.append({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()})
     whole, slices = exports
@@ -212,8 +235,9 @@ def test_the_export_of_slices_is_that_of_the_whole(relays, tmp_path):
     assert {name for name in whole if whole[name] != slices[name]} <= {EXPORT_RECORD, "README.md"}
 
 
-def test_slices_are_as_many_bytes_as_the_whole(relays):
-    reports = [validate_model(path) for path in relays["qwen3"]]
+def test_slices_are_as_many_bytes_as_the_whole(qwen3):
+    reports = [validate_model(path) for path in qwen3]
+    assert all(report.passed for report in reports), reports
     assert all(report.figures["bytes_of_weights"] == 4 * report.figures["parameters"] for report in reports)
     assert reports[0].figures["parameters"] == reports[1].figures["parameters"] > 0
 
@@ -235,6 +259,7 @@ def test_a_rank_that_is_killed_while_it_saves_a_slice_leaves_the_last_checkpoint
     assert fork_ranks(WORKER, [job], 2).code == -signal.SIGKILL
     assert latest_sound(tmp_path / "run", print).step == 1
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_00000001"]
+    assert list((tmp_path / "run").glob(".step_00000002.*/weights_00001.safetensors")), "it had not begun to write"
 
 
 def test_fingerprints_of_weights_that_lie_on_several_ranks(found):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from megaslm.checkpoint import (
     DamagedCheckpoint,
+    Part,
     Piece,
     Retention,
     SaveFailed,
@@ -27,8 +28,8 @@ from megaslm.checkpoint import folder as folder_module
 from megaslm.checkpoint.folder import assign_writers
 from megaslm.checkpoint.format import Checkpoint, read_manifest, write_manifest
 from megaslm.checkpoint.safetensors_file import write_safetensors
-from megaslm.checkpoint.slices import Part
 from megaslm.errors import UserError
+from megaslm.parallel import Block
 
 OPTIMIZER = {
     "type": "adam",
@@ -44,13 +45,13 @@ def make_tensors() -> dict[str, dict[str, torch.Tensor]]:
     return {kind: {n: torch.randn(s) for n, s in shapes.items()} for kind in ("weights", "exp_avg", "exp_avg_sq")}
 
 
-def as_pieces(tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, Piece]]:
-    return {kind: {name: Piece.whole(tensor) for name, tensor in part.items()} for kind, part in tensors.items()}
+def as_pieces(tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, list[Piece]]:
+    return {kind: [Piece.whole(name, tensor) for name, tensor in part.items()] for kind, part in tensors.items()}
 
 
 def read_flat(checkpoint: Checkpoint, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
     """Elements [start, stop) of the flattened tensor."""
-    return checkpoint.read_part(kind, name, Part(Part.whole(checkpoint.shapes[name]).block, start, stop))
+    return checkpoint.read_part(kind, name, Part(Block.whole(checkpoint.shapes[name]), start, stop))
 
 
 def write(directory: Path, step: int, **changes) -> Path:
@@ -122,9 +123,9 @@ def test_tensor_in_blocks(tmp_path):
 def test_a_tensor_that_is_not_whole_gets_no_name(tmp_path, cut):
     """An invariant of ours: the pieces of all ranks make up every tensor."""
     for start, stop in cut:
-        pieces = {"weights": {"w": Piece((5, 3), start, torch.zeros(stop - start))}}
-        with pytest.raises(AssertionError):
-            write_checkpoint(tmp_path, pieces, step=1, run_config={}, global_state={}, optimizer=None)
+        piece = Piece("w", (5, 3), Part(Block.whole((5, 3)), start, stop), torch.zeros(stop - start))
+        with pytest.raises(AssertionError, match="weights of w is not whole"):
+            write_checkpoint(tmp_path, {"weights": [piece]}, step=1, run_config={}, global_state={}, optimizer=None)
     assert list_checkpoints(tmp_path) == []
 
 

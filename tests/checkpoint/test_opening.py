@@ -30,7 +30,7 @@ def tokenizer(tmp_path_factory):
 
 def save(directory, step=1, config=CONFIG, carried=None, trained_with=None, name=None, **run_config):
     """A checkpoint of `config`'s network of seed `step`. Tokenizers: one that it carries, and one on its record."""
-    weights = {name: Piece.whole(tensor) for name, tensor in build_model(config, step).named_parameters()}
+    weights = [Piece.whole(name, tensor) for name, tensor in build_model(config, step).named_parameters()]
     datasets = run_config.pop("datasets", [])
     return write_checkpoint(
         directory,
@@ -263,7 +263,7 @@ def newer(folder):
 
 def without_model(folder):
     write_checkpoint(
-        folder.parent, {"weights": {"a": Piece.whole(torch.ones(2))}}, step=0, run_config={}, global_state={},
+        folder.parent, {"weights": [Piece.whole("a", torch.ones(2))]}, step=0, run_config={}, global_state={},
         optimizer=None, name="thing",
     )  # fmt: skip
 

@@ -11,12 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megaslm.checkpoint import Piece, format, open_checkpoint, write_checkpoint
-from megaslm.checkpoint.format import Checkpoint, read_manifest
+from megaslm.checkpoint import Part, Piece, format, open_checkpoint, slices, write_checkpoint
+from megaslm.checkpoint.format import Checkpoint, by_key, read_manifest
 from megaslm.checkpoint.safetensors_file import SafetensorsFile, write_safetensors
-from megaslm.checkpoint.slices import Part, cut, find_fault
+from megaslm.checkpoint.slices import overlaps, parts_between
 from megaslm.parallel import Block
 
+few = settings(deadline=None, max_examples=50)
 SHAPES = st.lists(st.integers(1, 7), min_size=0, max_size=3).map(tuple)
 
 
@@ -58,14 +59,19 @@ def save(folder: Path, whole: torch.Tensor, parts: list[Part], ranks: int = 1) -
     """As the ranks of a run would, each its share of the parts."""
     shape, entries = tuple(whole.shape), []
     for rank in range(ranks):
-        pieces = {}
-        for i, part in enumerate(parts[rank::ranks]):
-            key = f"w#{i}" if i else "w"
-            pieces[key] = Piece.of(key, "w", shape, part, torch.from_numpy(select(whole, part).copy()))
+        mine = [Piece("w", shape, part, torch.from_numpy(select(whole, part).copy())) for part in parts[rank::ranks]]
+        pieces = by_key(mine)
         write_safetensors(folder / str(rank), {key: piece.stored for key, piece in pieces.items()})
         entries += [piece.entry(key, str(rank)) for key, piece in pieces.items()]
     manifest = {"step": 1, "run_config": {}, "global_state": {}, "optimizer": None}
     return Checkpoint(folder, manifest | {"tensors": {"weights": {"w": {"shape": list(shape), "pieces": entries}}}})
+
+
+def find_fault(parts: list[Part], shape: tuple[int, ...]) -> str | None:
+    ranges = {}
+    for part in parts:
+        ranges.setdefault(part.block, []).append((part.start, part.stop))
+    return slices.find_fault(ranges, shape)
 
 
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -84,6 +90,7 @@ def test_any_part_is_read_from_any_parts(tmp_path, data, saved, ranks, normal):
         assert checkpoint.read_part("weights", "w", part).tolist() == select(whole, part).tolist()
 
 
+@few
 @given(saved=partitions(), data=st.data())
 def test_what_is_missing_or_twice_there_is_a_fault(saved, data):
     shape, parts = saved
@@ -96,20 +103,24 @@ def test_what_is_missing_or_twice_there_is_a_fault(saved, data):
 
 
 def test_blocks_that_overlap_or_reach_out_are_a_fault():
-    upper, lower = Block((0, 0), (3, 4)), Block((2, 0), (2, 4))
+    upper, lower, above = Block((0, 0), (3, 4)), Block((2, 0), (2, 4)), Block((-1, 0), (2, 4))
     assert "overlap" in find_fault([Part(upper, 0, 12), Part(lower, 0, 8)], (5, 4))
-    assert "reaches out" in find_fault([Part(upper, 0, 12), Part(lower, 0, 8)], (3, 4))
+    for block in (lower, above, Block((1, 1), (-2, -4))):
+        assert "reaches out" in find_fault([Part(upper, 0, 12), Part(block, 0, 8)], (3, 4))
+    assert "gaps" in find_fault([Part(upper, 0, 20), Part(upper, 20, 12), Part(lower, 0, 8)], (5, 4))
 
 
+@few
 @given(shape=SHAPES.filter(bool), data=st.data())
 def test_a_part_is_flattened_where_it_is_a_range_of_the_whole(shape, data):
     whole, part = values(shape), data.draw(parts_of(shape).filter(lambda part: part.numel > 0))
     found = part.flattened(shape)
     assert select(whole, found).tolist() == select(whole, part).tolist()
     rows = Part(Block((part.block.offset[0], *[0] * (len(shape) - 1)), (part.block.shape[0], *shape[1:])), 0, 1)
-    assert rows.flattened(shape).block == Part.whole(shape).block
+    assert rows.flattened(shape).block == Block.whole(shape)
 
 
+@few
 @given(shape=SHAPES.filter(bool), data=st.data())
 def test_blocks_one_below_the_other_are_cut_as_their_flattened_whole(shape, data):
     """As a rank holds queries, keys and values of its own: rows of each in one parameter."""
@@ -118,7 +129,7 @@ def test_blocks_one_below_the_other_are_cut_as_their_flattened_whole(shape, data
     whole = values(shape)
     held = torch.cat([whole[block.slices] for block in blocks]).reshape(-1)
     start, stop = sorted(data.draw(st.tuples(*[st.integers(0, held.numel())] * 2)))
-    found = [(place, select(whole, part).tolist()) for place, part in cut(blocks, start, stop)]
+    found = [(place, select(whole, part).tolist()) for place, part in parts_between(start, stop, blocks)]
     assert [place for place, _ in found] == list(itertools.accumulate((len(v) for _, v in found), initial=0))[:-1]
     assert [value for _, some in found for value in some] == held[start:stop].tolist()
 
@@ -151,10 +162,13 @@ def columns(shape: tuple[int, int], count: int) -> list[Part]:
 def test_a_part_is_read_without_the_rest(tmp_path, touched, monkeypatch):
     shape = (40, 12)
     whole, halves, quarters = values(shape), columns(shape, 2), columns(shape, 4)
-    in_one, in_two = (tmp_path / name for name in ("one", "two"))
-    in_one.mkdir()
-    in_two.mkdir()
-    in_one, in_two = save(in_one, whole, [Part.whole(shape)]), save(in_two, whole, halves, ranks=2)
+
+    def saved(name: str, parts: list[Part], ranks: int = 1) -> Checkpoint:
+        (tmp_path / name).mkdir()
+        return save(tmp_path / name, whole, parts, ranks)
+
+    in_one, in_two = saved("one", [Part.whole(shape)]), saved("two", halves, ranks=2)
+    flat = saved("flat", [Part(Block.whole(shape), *one) for one in ((0, 100), (100, 480))])
     rows = Part(Block((10, 0), (5, 12)), 3, 50)
     for checkpoint, part, expected in (
         (in_one, Part.whole(shape), {"mapped": 480, "most mapped": 480}),
@@ -162,26 +176,53 @@ def test_a_part_is_read_without_the_rest(tmp_path, touched, monkeypatch):
         (in_two, halves[1], {"mapped": 240, "most mapped": 240}),  # as it was saved
         (in_two, Part(halves[1].block, 20, 33), {"mapped": 13, "most mapped": 13}),
         (in_two, quarters[1], {"mapped": 240, "most mapped": 240}),  # whole rows of the half that it is in
+        (flat, Part.whole(shape), {"read": 480}),  # into its place, without a copy
     ):
         touched.clear()
         assert checkpoint.read_part("weights", "w", part).tolist() == select(whole, part).tolist()
         assert touched == expected
-    monkeypatch.setattr(format, "COPIED", 60)
-    touched.clear()
-    assert torch.equal(in_two.read("w"), whole)
-    assert touched == {"mapped": 480, "most mapped": 60}  # a few rows at a time
+    for limit, most in ((60, 60), (5, 6)):  # a few rows at a time, and one where even that is more
+        monkeypatch.setattr(format, "COPY_LIMIT", limit)
+        touched.clear()
+        assert torch.equal(in_two.read("w"), whole)
+        assert touched == {"mapped": 480, "most mapped": most}
+
+
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [
+        ((2, 600), Block((0, 300), (2, 300))),  # as they were saved: by their ranges
+        ((64, 60), Block((0, 0), (64, 60))),  # by their rows
+        ((64, 60), Block((0, 0), (64, 15))),  # by their columns too
+    ],
+)
+def test_of_many_pieces_few_are_looked_at(monkeypatch, shape, block):
+    """Those that have nothing of what is wanted are passed over before any rectangle is thought of."""
+    held = [Part(half.block, at, at + 10) for half in columns(shape, 2) for at in range(0, half.numel, 10)]
+    looked_at, rectangles = [], slices._rectangles
+    monkeypatch.setattr(slices, "_rectangles", lambda *arguments: looked_at.append(1) or rectangles(*arguments))
+    wanted = Part(block, 45, 75)
+    found = [pair for part in held for pair in overlaps(part, wanted)]
+    assert sum(source.numel for source, _ in found) == 30
+    assert len(looked_at) < len(held) // 4
+
+
+def test_parts_of_a_tensor_that_are_missing_are_no_values(tmp_path):
+    """Where no manifest was looked at before: not what the memory held."""
+    checkpoint = save(tmp_path, values((4, 6)), columns((4, 6), 2)[:1])
+    with pytest.raises(AssertionError, match="pieces of weights of w are missing"):
+        checkpoint.read("w")
 
 
 def test_what_readers_of_version_2_understand_has_that_version(tmp_path):
-    def written(name: str, pieces: dict[str, Piece]) -> Path:
+    def written(name: str, *pieces: Piece) -> Path:
         options = {"step": 0, "run_config": {}, "global_state": {}, "optimizer": None}
         return write_checkpoint(tmp_path, {"weights": pieces}, name=name, **options)
 
     whole = values((4, 6))
-    plain = written("plain", {"w": Piece.whole(whole)})
-    halves = [Piece.of(key, "w", (4, 6), part, torch.from_numpy(select(whole, part).copy()))
-              for key, part in zip(("w", "w#1"), columns((4, 6), 2), strict=True)]  # fmt: skip
-    sliced = written("sliced", {"w": halves[0], "w#1": halves[1]})
+    plain = written("plain", Piece.whole("w", whole))
+    halves = [(part, torch.from_numpy(select(whole, part).copy())) for part in columns((4, 6), 2)]
+    sliced = written("sliced", *(Piece("w", (4, 6), part, data) for part, data in halves))
     assert [read_manifest(path)["version"] for path in (plain, sliced)] == [2, 3]
     assert torch.equal(open_checkpoint(sliced).read("w"), whole)
     # A block that one rank has as a whole keeps its shape in the file.

@@ -37,7 +37,7 @@ def save(tokenizer, tiny_config):
     """A checkpoint of a tiny model that was trained with the corpus's tokenizer."""
     config = tiny_config(tokenizer, CONTEXT)
     model = build_model(config, seed=1).eval()
-    weights = {name: Piece.whole(value.detach()) for name, value in model.named_parameters()}
+    weights = [Piece.whole(name, value.detach()) for name, value in model.named_parameters()]
 
     def make(folder, carried=None, trained_with=tokenizer, data=None, state=None):
         run_config = {"name": "tiny", "model": config.model_dump(mode="json")}

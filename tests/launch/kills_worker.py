@@ -175,7 +175,7 @@ def save(folder: str, step: str, keep_last: str) -> None:
     found = latest_sound(folder, report=print)
     print(f"continuing from step {found.step if found else 0}")
     kinds = ("weights", "exp_avg")
-    pieces = {kind: {"a": Piece.whole(torch.full((2, 3), float(step)))} for kind in kinds}
+    pieces = {kind: [Piece.whole("a", torch.full((2, 3), float(step)))] for kind in kinds}
     optimizer = {"type": "adam", "moments": kinds[1:], "steps": {}, "weight_decay": {}, "loss_scaler": None}
     options = {
         "run_config": {},

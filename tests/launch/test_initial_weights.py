@@ -74,7 +74,7 @@ def test_a_checkpoint_may_be_named_and_the_model_may_change_where_no_shape_does(
 def test_weights_alone_are_enough(start_from, source, tmp_path):
     """As an import writes them: no optimizer, no state of a run."""
     old = open_checkpoint(source / "checkpoints" / "step_00000010")
-    pieces = {"weights": {name: Piece.whole(old.read(name)) for name in old.shapes}}
+    pieces = {"weights": [Piece.whole(name, old.read(name)) for name in old.shapes]}
     path = write_checkpoint(tmp_path, pieces, step=0, run_config={}, global_state={}, optimizer=None)
     result = start_from(path)
     assert result.code == 0, result.out + result.err

@@ -40,7 +40,7 @@ def model(corpus) -> LanguageModel:
 
 def write(model: LanguageModel, directory: Path, **values) -> Path:
     """A checkpoint of the weights of `model`."""
-    weights = {name: Piece.whole(value.detach()) for name, value in model.named_parameters()}
+    weights = [Piece.whole(name, value.detach()) for name, value in model.named_parameters()]
     config = {"name": "tiny", "model": model.config.model_dump(mode="json")}
     values = {"global_state": {}, "run_config": config, **values}
     return write_checkpoint(directory, {"weights": weights}, step=1, optimizer=None, **values)

@@ -56,7 +56,7 @@ def make_tensors() -> dict[str, dict[str, Tensor]]:
 
 def write(directory: Path, tensors: dict | None = None, **changes) -> Path:
     pieces = {
-        kind: {name: Piece.whole(tensor) for name, tensor in part.items()}
+        kind: [Piece.whole(name, tensor) for name, tensor in part.items()]
         for kind, part in (tensors or make_tensors()).items()
     }
     return write_checkpoint(directory, pieces, **(MANIFEST_VALUES | changes))

@@ -42,7 +42,7 @@ def tool(monkeypatch, capsys):
 
 
 def write(directory: Path, **changes) -> Path:
-    tensors = {"weights": {name: Piece.whole(torch.arange(6.0).view(2, 3)) for name in ("a", "b", "c")}}
+    tensors = {"weights": [Piece.whole(name, torch.arange(6.0).view(2, 3)) for name in ("a", "b", "c")]}
     return write_checkpoint(
         directory, tensors, step=3, run_config={"name": "x"}, global_state={}, optimizer=None, **changes
     )

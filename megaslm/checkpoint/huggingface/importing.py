@@ -234,10 +234,10 @@ def continued_run(source: ModelSource, name: str, origin: str, tokenizer: Path |
 def _write(source: ModelSource, hidden: Path, name: str, run: RunConfig, origin: str, fingerprint: Fingerprint) -> Path:
     """Write the checkpoint into the hidden folder; its path there."""
     folder: HuggingFaceFolder = source.weights
-    pieces = {
-        parameter: Piece.whole(LazyTensor(torch.float32, shape, partial(folder.read, parameter)))
-        for parameter, shape in folder.shapes.items()
-    }
+    pieces = [
+        Piece.whole(name, LazyTensor(torch.float32, shape, partial(folder.read, name)))
+        for name, shape in folder.shapes.items()
+    ]
     tokenizer = source.tokenizer
     identity: dict[str, Any] = {f"model.{key}": value for key, value in source.config.model_dump(mode="json").items()}
     identity["tokenizer"] = tokenizer.fingerprint if tokenizer is not None else None

@@ -32,7 +32,7 @@ def export(tokenizer, tmp_path):
             **{"context_length": 40, "num_layers": 1, "hidden_size": 32, "num_heads": 2, "ffn_hidden_size": 48},
             **{"rope_scaling": "yarn", "rope_scaling_factor": 4.0},
         )
-        weights = {name: Piece.whole(tensor.detach()) for name, tensor in build_model(config, 1).named_parameters()}
+        weights = [Piece.whole(name, tensor.detach()) for name, tensor in build_model(config, 1).named_parameters()]
         checkpoint = write_checkpoint(
             tmp_path / "checkpoints",
             {"weights": weights},

@@ -41,7 +41,7 @@ def exported(request, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     checkpoint = write_checkpoint(
         folder / "run" / "checkpoints",
-        {"weights": {name: Piece.whole(tensor.detach()) for name, tensor in build_model(config, 1).named_parameters()}},
+        {"weights": [Piece.whole(name, tensor.detach()) for name, tensor in build_model(config, 1).named_parameters()]},
         step=1,
         run_config={"name": "some", "model": config.model_dump(mode="json")},
         global_state={},

@@ -81,7 +81,7 @@ def save_model(directory: Path, model: LanguageModel, tokenizer: Tokenizer | Non
     tokens = list(range(min(NUM_TOKENS, model.config.vocab_size)))
     return write_checkpoint(
         directory,
-        {"weights": {name: Piece.whole(tensor.detach()) for name, tensor in model.named_parameters()}},
+        {"weights": [Piece.whole(name, tensor.detach()) for name, tensor in model.named_parameters()]},
         step=step,
         run_config={"name": "random", "model": model.config.model_dump(mode="json")},
         global_state={},
@@ -433,8 +433,8 @@ config = ModelConfig(vocab_size=150_000, context_length=16, num_layers=1, hidden
                      ffn_hidden_size=1000, tie_embeddings=True)
 with torch.device("meta"):
     shapes = {name: tuple(p.shape) for name, p in LanguageModel(config).named_parameters()}
-pieces = {name: Piece.whole(LazyTensor(torch.float32, shape, lambda shape=shape: torch.full(shape, 0.01)))
-          for name, shape in shapes.items()}
+pieces = [Piece.whole(name, LazyTensor(torch.float32, shape, lambda shape=shape: torch.full(shape, 0.01)))
+          for name, shape in shapes.items()]
 write_checkpoint(folder, {"weights": pieces}, step=1, optimizer=None, global_state={},
                  run_config={"name": "large", "model": config.model_dump(mode="json")},
                  fingerprint=Fingerprint([0, 1, 2], "bf16", 0.0, [0.0]))
