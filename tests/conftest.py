@@ -42,6 +42,8 @@ MEASURED = ("tokens_per_s", "ms_per_step", "tflops", "tflops_causal", "memory_by
 # Files that take half a minute of a core or more, the longest first: run side by side, they must not come last.
 LONGEST_FIRST = (
     "launch/test_kills.py",
+    "training/test_tensor_parallel.py",
+    "training/test_tensor_parallel_options.py",
     "launch/test_stopping.py",
     "training/test_change_of_layout.py",
     "kernels/test_compiled.py",
@@ -170,9 +172,13 @@ def command(ranks, monkeypatch, capfd):
     import megaslm.training.report
     import megaslm.training.run
 
+    def join(tensor_parallel_size: int):
+        assert tensor_parallel_size == 1, "several ranks: fork_ranks, pretrain_in_turn"
+        return ranks
+
     def run(*arguments) -> Finished:
         monkeypatch.setattr(sys, "argv", [str(PRETRAIN), *map(str, arguments)])
-        monkeypatch.setattr(megaslm.training.run, "init_distributed", lambda tensor_parallel_size: ranks)
+        monkeypatch.setattr(megaslm.training.run, "init_distributed", join)
         monkeypatch.setattr(megaslm.training.report, "write_curves", lambda run_dir: None)  # longer than a tiny run
         monkeypatch.setattr(os, "_exit", sys.exit)  # how a command leaves when other ranks may wait for it
         capfd.readouterr()

@@ -37,6 +37,7 @@ class Zygote:
         self._requests, theirs = socket.socketpair()
         # Of one thread: in the child of a fork the others are missing. torchrun gives each rank one as well.
         one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        one_thread["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # else a pool of processes, each with its imports
         with theirs, open(log, "w") as output:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())],

@@ -1,6 +1,7 @@
 """Configuration of a run (what to train) and of the engine (how to train it). Imports neither torch nor deepspeed."""
 
 from megaslm.config.engine import (
+    check_tensor_parallel,
     default_engine_config,
     load_engine_config,
     offloads_optimizer,
@@ -28,6 +29,7 @@ from megaslm.config.schema import (
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     RunConfig,
     ScheduleConfig,
     TokenizerConfig,
@@ -43,11 +45,13 @@ __all__ = [
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "ParallelConfig",
     "RunConfig",
     "ScheduleConfig",
     "TokenizerConfig",
     "TrainConfig",
     "UNNAMED_SET",
+    "check_tensor_parallel",
     "default_engine_config",
     "describe_fields",
     "list_presets",

@@ -29,10 +29,15 @@ _DEFAULT = {
 _OWNED_BY_RUN = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _HALF = ("bf16", "fp16")
 
-# Keys of zero_optimization, and the values that switch them off, for which DeepSpeed cuts the ranks into blocks of its
-# own, one after the other, whatever the mpu says. Tensor-parallel ranks lie side by side: such a block would mix the
-# weights or gradients of different parts of the model.
-_BLOCKS_OF_RANKS = {"zero_hpz_partition_size": 1, "zero_quantized_gradients": False}
+# Keys of zero_optimization that do not go with tensor parallelism: the value that switches each off, and why. For the
+# first two DeepSpeed cuts the ranks into blocks of its own, one after the other, whatever the mpu says; tensor-parallel
+# ranks lie side by side, and such a block would mix the weights or gradients of different parts of the model.
+_BLOCKS_OF_RANKS = "DeepSpeed 0.19.8 would group ranks that hold different parts of the model"
+_NOT_WITH_TENSOR_PARALLELISM = {
+    "zero_hpz_partition_size": (1, _BLOCKS_OF_RANKS),
+    "zero_quantized_gradients": (False, _BLOCKS_OF_RANKS),
+    "zero_quantized_weights": (False, "the numbers of the two together are not verified"),
+}
 
 # DeepSpeed's own defaults of dynamic loss scaling, written out so that the recorded engine config shows them.
 _LOSS_SCALING = {
@@ -133,7 +138,7 @@ def resolve_engine_config(
     check_engine_config(raw)
     assert precision == requested_precision(raw, precision, auto=lambda: precision)
     assert run.train.global_batch_size == batch.micro_batch_size * batch.accumulation_steps * data_parallel_size
-    _check_tensor_parallel(raw, run.parallel.tensor_parallel_size)
+    check_tensor_parallel(raw, run.parallel.tensor_parallel_size)
     engine = copy.deepcopy(raw)
     stage = zero_stage(raw)
 
@@ -167,13 +172,14 @@ def resolve_engine_config(
     return engine
 
 
-def _check_tensor_parallel(raw: dict[str, Any], size: int) -> None:
+def check_tensor_parallel(raw: dict[str, Any], size: int) -> None:
+    """Raises UserError where an engine config has what does not go with `size` tensor-parallel ranks."""
     zero = raw.get("zero_optimization", {})
-    for key, off in _BLOCKS_OF_RANKS.items():
+    for key, (off, reason) in _NOT_WITH_TENSOR_PARALLELISM.items():
         if size > 1 and zero.get(key, off) != off:
             raise UserError(
                 f"Engine config: zero_optimization.{key} does not go with parallel.tensor_parallel_size={size}: "
-                "DeepSpeed 0.19.8 would group ranks that hold different parts of the model; remove the one or the other"
+                f"{reason}; remove it, or take parallel.tensor_parallel_size=1"
             )
 
 

@@ -340,6 +340,11 @@ class ParallelConfig(Section):
     holds a part of every sequence and not all of it. Less memory for the same communication; data.seq_length must be a
     multiple of tensor_parallel_size."""
 
+    @property
+    def sequence_parts(self) -> int:
+        """Between the matrices a rank has one of so many parts of every sequence."""
+        return self.tensor_parallel_size if self.sequence_parallel else 1
+
 
 class EvalConfig(Section):
     """Evaluation on the validation tokens, and a sample of generated text."""

@@ -5,7 +5,9 @@ Works under `deepspeed`, `torchrun` and whatever sets RANK, WORLD_SIZE and LOCAL
 
 import logging
 import os
+import shlex
 import socket
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -79,17 +81,11 @@ def init_distributed(tensor_parallel_size: int = 1) -> Ranks:
     In a process that has joined already, make the groups of these ranks anew, of another size if need be. Collective.
 
     Raises:
-        UserError: the ranks can't be divided by `tensor_parallel_size`; more of them than GPUs; a launcher's
-            environment that is incomplete.
+        UserError: the ranks can't be divided by `tensor_parallel_size`, or were given different ones; more of them
+            than GPUs; a launcher's environment that is incomplete.
     """
     launched = _complete_environment()
     rank, world_size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if world_size % tensor_parallel_size:
-        raise UserError(
-            f"parallel.tensor_parallel_size={tensor_parallel_size} needs a multiple of {tensor_parallel_size} ranks, "
-            f"and there {'is' if world_size == 1 else 'are'} {world_size}: start another number of them "
-            "(deepspeed --num_gpus N), or take a size that divides it"
-        )
     # torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
     if torch.cuda.is_available():
@@ -124,8 +120,27 @@ def init_distributed(tensor_parallel_size: int = 1) -> Ranks:
     )
     host_group = host.new_group()
     host.set_group(host_group)
+    _check_size(tensor_parallel_size, world_size, launched)
     groups = build_groups(rank, world_size, tensor_parallel_size)
     return Ranks(rank, world_size, local_rank, local_world_size, device, num_threads, host_group, launched, *groups)
+
+
+def _check_size(size: int, world_size: int, launched: bool) -> None:
+    """Before groups are made, for which ranks of different sizes would wait for each other for ever. Collective."""
+    for rank, other in enumerate(sizes := host.gather(size)):
+        if other != sizes[0]:
+            raise UserError(
+                "every rank must be given the same parallel.tensor_parallel_size, and rank 0 was given "
+                f"{sizes[0]}, rank {rank} {other}: start all of them with the same arguments"
+            )
+    if world_size % size:
+        # --num_accelerators would do as well: deepspeed has both names, and counts CPU ranks by them too.
+        start = "deepspeed --num_gpus N" + ("" if launched else f" {shlex.join(sys.argv)}")
+        raise UserError(
+            f"parallel.tensor_parallel_size={size} needs a multiple of {size} ranks, and there "
+            f"{'is' if world_size == 1 else 'are'} {world_size}: start another number of them ({start}; N counts CPU "
+            "ranks too), or take a size that divides it"
+        )
 
 
 def _complete_environment() -> bool:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from megaslm.config import OptimizerConfig, RunConfig, offloads_optimizer, zero_stage
 from megaslm.data import IGNORED_TARGET
 from megaslm.errors import UserError, first_line
-from megaslm.model import LanguageModel
-from megaslm.parallel import Ranks, clip_gradients_
+from megaslm.model import Block, Decoder, LanguageModel
+from megaslm.parallel import Ranks, clip_gradients_, host
 from megaslm.training.batches import MicroBatch
 
 
@@ -70,42 +70,48 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, offload: bool) ->
         ) from error
 
 
-def compile_blocks(
-    model: LanguageModel,
-    micro_batch_size: int,
-    seq_length: int,
-    dtype: torch.dtype,
-    mask_documents: bool = False,
-    sequence_parts: int = 1,
-) -> str | None:
-    """Switch torch.compile on for every block. Returns None, or the reason why it stays off.
+def compile_blocks(model: LanguageModel, run: RunConfig, micro_batch_size: int, dtype: torch.dtype) -> str | None:
+    """Switch torch.compile on for every block. Returns None, or the reason why it stays off on all ranks. Collective.
 
-    One block is tried first, forward and backward, on a copy: a missing compiler shows here and not in the run. The
-    blocks of a sharded model talk to each other there: all ranks call it.
-
-    sequence_parts: of so many parts of a sequence, the residual stream has one (sequence parallelism).
+    One block is tried first, forward and backward: a missing compiler shows here and not in the run. A sharded block
+    waits for the other ranks, for ever where one of them has no compiler; so a whole one, of one sequence, goes first.
     """
-    blocks = model.decoder.blocks
-    trial = copy.deepcopy(blocks[0]).to(dtype)
-    device = next(trial.parameters()).device
-    shape = micro_batch_size, seq_length // sequence_parts, model.config.hidden_size
-    x = torch.randn(shape, dtype=dtype, device=device)
-    positions = documents = None
-    if mask_documents:
-        positions = torch.arange(seq_length, dtype=torch.int32, device=device).repeat(micro_batch_size, 1)
-        documents = find_documents(positions, micro_batch_size, model.config.head_dim, dtype)
-    table = model.decoder.rotary_table
-    rotary = table(seq_length, positions) if table is not None else None
+    blocks, failure = model.decoder.blocks, None
+    if run.parallel.tensor_parallel_size > 1:
+        with next(blocks.parameters()).device:
+            whole = Block(model.config, model.head.ops).to(dtype)
+        failure = _compilation_failure(whole, model.decoder, run, 1, 1, dtype)
+        torch.compiler.reset()  # else the sequences of two lengths would make all of them dynamic
+    if failure is None:
+        trial = copy.deepcopy(blocks[0]).to(dtype)
+        failure = _compilation_failure(trial, model.decoder, run, micro_batch_size, run.parallel.sequence_parts, dtype)
+    if failure is None:
+        for block in blocks:
+            block.compile()
+    return failure
+
+
+def _compilation_failure(
+    block: nn.Module, decoder: Decoder, run: RunConfig, batch_size: int, sequence_parts: int, dtype: torch.dtype
+) -> str | None:
+    """Compile `block` and run it forward and backward. What went wrong on the first rank where something did, on all
+    ranks; None where nothing did. Collective."""
+    device, length = next(block.parameters()).device, run.seq_length
+    x = torch.randn(batch_size, length // sequence_parts, run.model.hidden_size, dtype=dtype, device=device)
+    positions = documents = rotary = failure = None
+    if run.data.mask_documents:
+        positions = torch.arange(length, dtype=torch.int32, device=device).repeat(batch_size, 1)
+        documents = find_documents(positions, batch_size, run.model.head_dim, dtype)
+    if decoder.rotary_table is not None:
+        rotary = decoder.rotary_table(length, positions)
     try:
-        trial.compile()
-        sum(trial(x.requires_grad_(), x, rotary, documents)).sum().backward()
+        block.compile()
+        sum(block(x.requires_grad_(), x, rotary, documents)).sum().backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Dynamo, Inductor and the compilers under them raise all kinds
-        return f"{type(error).__name__}: {first_line(error)}"
-    for block in blocks:
-        block.compile()
-    return None
+        failure = f"{type(error).__name__}: {first_line(error)}"
+    return next((reason for reason in host.gather(failure) if reason is not None), None)
 
 
 class TrainingEngine:
@@ -134,7 +140,9 @@ class TrainingEngine:
         # DeepSpeed prints its memory use here, past its logger.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            deepspeed.utils.groups.mpu = ranks.mpu  # else that of an earlier engine stays where this one has none
+            # DeepSpeed 0.19.8 sets it only where there is an mpu (DeepSpeedEngine._configure_distributed_model), and an
+            # engine without one would shard over the groups of an earlier engine of this process.
+            deepspeed.utils.groups.mpu = ranks.mpu
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=engine_config, mpu=ranks.mpu
             )

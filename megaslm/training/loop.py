@@ -15,6 +15,7 @@ from megaslm.checkpoint import (
     HostBuffers,
     Snapshot,
     check_fingerprint,
+    differing_copies,
     restore,
     take_fingerprint,
     take_snapshot,
@@ -292,7 +293,18 @@ class Training:
                 self.log.flush()
             self.saving.save(self.progress.step, self._snapshot, last)
 
+    def _warn_of_differing_copies(self) -> None:
+        if names := differing_copies(self.engine.deepspeed):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            self.say(
+                f"warning: at step {self.progress.step} tensor-parallel ranks hold different values of {names[0]}"
+                f"{more}, which every one of them should hold alike; the checkpoint has those of one rank, and a run "
+                "that continues from it computes something else than this one. A device that computes wrongly does "
+                "this: go back to a checkpoint from before the first such warning"
+            )
+
     def _snapshot(self, buffers: HostBuffers | None) -> Snapshot:
+        self._warn_of_differing_copies()
         progress = self.progress
         losses, targets = self.ranks.sum(self.interval_sums).tolist()
         progress.interval_loss, progress.interval_targets = losses, int(targets)

@@ -84,8 +84,10 @@ class Plan:
 def make_plan(run: RunConfig, engine_file: dict, options: Options, ranks: Ranks) -> Plan:
     """Decide everything that follows from the configs, the data and the machine.
 
-    Raises UserError on all ranks: configs that contradict each other or the machine, and what `prepare_data` raises.
+    Raises UserError on all ranks: configs that contradict each other or the machine, or are not those of another rank;
+    and what `prepare_data` raises.
     """
+    check_alike(run, engine_file, options)
 
     def say(*lines: str) -> None:
         """Print on rank 0. A terminal that is gone is no reason to lose a run."""
@@ -105,6 +107,24 @@ def make_plan(run: RunConfig, engine_file: dict, options: Options, ranks: Ranks)
     check_sizes(run.model, ranks.tensor_parallel.size)  # with the vocabulary
     steps = total_steps(run, data.training.samples_per_epoch)
     return Plan(run, engine_config, options, ranks, data, batch, precision, ops, steps, say)
+
+
+def check_alike(run: RunConfig, engine_file: dict, options: Options) -> None:
+    """Ranks with different settings would wait for each other for ever, or train different models. Collective.
+
+    Raises UserError on all ranks, which names the first setting that differs.
+    """
+    settings = {"--resume": options.resume, "--dry_run": options.dry_run, "--ds_config": engine_file}
+    for section, value in run.model_dump(mode="json").items():
+        settings |= {f"{section}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {section: value}
+    of_ranks = host.gather(settings)
+    for rank, others in enumerate(of_ranks):
+        for name, value in of_ranks[0].items():
+            if others[name] != value:
+                raise UserError(
+                    f"every rank must be given the same settings, and {name} is {value} on rank 0 and {others[name]} "
+                    f"on rank {rank}: start all of them with the same arguments and configs"
+                )
 
 
 def prepare_data(run: RunConfig, say: Callable[[str], None]) -> tuple[RunConfig, RunData]:

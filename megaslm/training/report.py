@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from megaslm_kernels import separates_by_flash, triton_obstacle
 
-from megaslm.config import zero_stage
+from megaslm.config import ParallelConfig, zero_stage
 from megaslm.data import TrainingData, ValidationData
 from megaslm.model import DTYPES, count_parameters, flops_per_token
 from megaslm.parallel import memory_used
@@ -68,9 +68,9 @@ def header(plan: Plan, compiled: str) -> str:
         ("data", f"{data.training.tokens_per_epoch:,} training tokens{_padding(data.training)} in {order}, "
                  f"{validation} targets"
                  + (", documents apart" if run.data.mask_documents else "")),
-        ("layout", f"{ranks.world_size} x {device_name(ranks.device)}{_model_parallel(plan)}, "
-                   f"ZeRO {zero_stage(plan.engine_config)}, micro-batch {layout.micro_batch_size} "
-                   f"x {layout.accumulation_steps} accumulation x {ranks.data_parallel_size} data parallel"),
+        ("layout", f"{ranks.world_size} x {device_name(ranks.device)}, ZeRO {zero_stage(plan.engine_config)}, "
+                   f"micro-batch {layout.micro_batch_size} x {layout.accumulation_steps} accumulation "
+                   f"x {ranks.data_parallel_size} data parallel{_model_parallel(run.parallel)}"),
         ("backends", f"kernels {plan.ops.backend}, {torch.distributed.get_backend()}, optimizer {run.optimizer.type}, "
                      f"compile {compiled}, {ranks.num_threads} threads a rank"),
         ("precision", plan.precision),
@@ -86,11 +86,11 @@ def header(plan: Plan, compiled: str) -> str:
     return format_table(f"{run.name}: {run.description}" if run.description else run.name, rows)
 
 
-def _model_parallel(plan: Plan) -> str:
-    ranks, along = plan.ranks, ", sequence parallel" if plan.run.parallel.sequence_parallel else ""
-    if ranks.tensor_parallel.size == 1:
+def _model_parallel(parallel: ParallelConfig) -> str:
+    if parallel.tensor_parallel_size == 1:
         return ""
-    return f" ({ranks.data_parallel_size} data parallel x {ranks.tensor_parallel.size} tensor parallel{along})"
+    along = ", sequence parallel" if parallel.sequence_parallel else ""
+    return f" x {parallel.tensor_parallel_size} tensor parallel{along}"
 
 
 def _padding(data: TrainingData | ValidationData) -> str:
@@ -112,7 +112,7 @@ def _notes(plan: Plan) -> list[str]:
             "documents are kept apart by a mask; flash attention, which is faster, needs bf16 or fp16, sm_80 or later, "
             "and heads of a multiple of 8 up to 256"
         )
-    size, on_a_node = plan.ranks.tensor_parallel.size, plan.ranks.local_world_size
+    size, on_a_node = plan.run.parallel.tensor_parallel_size, plan.ranks.local_world_size
     if on_a_node % size:
         notes.append(
             f"{size} tensor-parallel ranks do not lie on one node, which has {on_a_node}: every block waits for the "

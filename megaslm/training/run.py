@@ -4,12 +4,13 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from megaslm_kernels import Ops
 
 from megaslm.checkpoint import Checkpoint, check_engine, clear_leftovers
-from megaslm.config import RunConfig, zero_stage
+from megaslm.config import RunConfig, check_tensor_parallel, zero_stage
 from megaslm.errors import UserError, first_line
-from megaslm.model import DTYPES, build_model
-from megaslm.parallel import check_sizes, check_tags, host, init_distributed, shard_model
+from megaslm.model import DTYPES, LanguageModel, build_model
+from megaslm.parallel import Ranks, check_sizes, check_tags, host, init_distributed, shard_model
 from megaslm.training import report
 from megaslm.training.engine import TrainingEngine, compile_blocks
 from megaslm.training.loop import Training, dry_run
@@ -59,29 +60,30 @@ def tidy_finished(plan: Plan, checkpoint: Checkpoint) -> None:
 
 
 def build_engine(plan: Plan) -> tuple[TrainingEngine, str]:
-    """Model with its initial weights, sharded and compiled where asked for, inside the engine; and how compilation
-    went. Collective."""
-    run, ranks = plan.run, plan.ranks
-    model = build_model(run.model, run.train.seed, ranks.device, plan.ops)
+    """The network of the run inside the engine; and how compilation went. Collective."""
+    run = plan.run
+    model, compiled = build_network(run, plan.ranks, plan.ops, plan.precision, plan.layout.micro_batch_size)
+    masked_targets = plan.data.training.ignore_repeated_eod is not None
+    engine = TrainingEngine(model, run, plan.engine_config, plan.ranks, masked_targets)
+    check_engine(engine.deepspeed)
+    return engine, compiled
+
+
+def build_network(
+    run: RunConfig, ranks: Ranks, ops: Ops, precision: str, micro_batch_size: int
+) -> tuple[LanguageModel, str]:
+    """Model with its initial weights, sharded and compiled where asked for; and how compilation went: "off",
+    "every block" or why it fell back. Collective."""
+    model = build_model(run.model, run.train.seed, ranks.device, ops)
     shard_model(model, ranks.tensor_parallel, run.parallel.sequence_parallel)
-    check_tags(model)
+    check_tags(model, ranks.tensor_parallel, run.parallel.sequence_parallel)
     model.decoder.activation_checkpointing = run.train.activation_checkpointing
     model.head.z_loss = run.train.z_loss
     compiled = "off"
     if run.train.compile:
-        parts = ranks.tensor_parallel.size if run.parallel.sequence_parallel else 1
-        failure = compile_blocks(
-            model, plan.layout.micro_batch_size, run.seq_length, DTYPES[plan.precision], run.data.mask_documents, parts
-        )
-        failures = [reason for reason in host.gather(failure) if reason is not None]
-        if failures:
-            for block in model.decoder.blocks:
-                block._compiled_call_impl = None
-        compiled = f"fell back to eager: {failures[0]}" if failures else "every block"
-    masked_targets = plan.data.training.ignore_repeated_eod is not None
-    engine = TrainingEngine(model, run, plan.engine_config, ranks, masked_targets)
-    check_engine(engine.deepspeed)
-    return engine, compiled
+        failure = compile_blocks(model, run, micro_batch_size, DTYPES[precision])
+        compiled = f"fell back to eager: {failure}" if failure else "every block"
+    return model, compiled
 
 
 @contextlib.contextmanager
@@ -105,9 +107,9 @@ def understood_errors(plan: Plan) -> Iterator[None]:
 def out_of_memory(plan: Plan, error: Exception) -> UserError:
     """What to lower, in the order that costs least."""
     run, micro = plan.run, plan.layout.micro_batch_size
-    parallel, size = run.parallel, plan.ranks.tensor_parallel.size
+    size = run.parallel.tensor_parallel_size
     advice = []
-    if size > 1 and not parallel.sequence_parallel and run.seq_length % size == 0:
+    if size > 1 and not run.parallel.sequence_parallel and run.seq_length % size == 0:
         advice.append("parallel.sequence_parallel=true")
     if micro > 1:
         advice.append(f"train.micro_batch_size={micro // 2} (the global batch stays the same)")
@@ -125,11 +127,14 @@ def out_of_memory(plan: Plan, error: Exception) -> UserError:
 
 
 def _more_tensor_parallel(plan: Plan) -> list[str]:
-    """The next larger tensor-parallel size that the model, the ranks and the length allow, if there is one."""
-    ranks, size = plan.ranks, plan.ranks.tensor_parallel.size
-    for larger in range(2 * size, ranks.world_size + 1, size):
+    """The next larger tensor-parallel size that the model, the engine config, the ranks of a node and the length allow,
+    if there is one."""
+    ranks, size = plan.ranks, plan.run.parallel.tensor_parallel_size
+    for larger in range(2 * size, ranks.local_world_size + 1, size):
         with contextlib.suppress(UserError):
             check_sizes(plan.run.model, larger)
-            if ranks.world_size % larger == 0 and plan.run.seq_length % larger == 0:
+            check_tensor_parallel(plan.engine_config, larger)
+            numbers = ranks.world_size, ranks.local_world_size, plan.run.seq_length
+            if all(number % larger == 0 for number in numbers):
                 return [f"parallel.tensor_parallel_size={larger} parallel.sequence_parallel=true"]
     return []

@@ -2,9 +2,16 @@
 
     several_commands.py COMMANDS.json
 
-COMMANDS.json: [{"arguments": [...], "signal": [name, step, rank], "save_restored": folder}, ...]; the signal, if any,
-reaches that rank while it works on that step. With `save_restored`, the engine's state right after the restore, before
-any step, is saved once more, to that folder.
+COMMANDS.json: a list of commands; of their keys only the first is needed.
+
+    arguments       of launch/pretrain.py
+    signal          [name, step, rank]: it reaches that rank while it works on that step
+    save_restored   folder to which the engine's state right after the restore, before any step, is saved once more
+    code            the exit code of every rank, 0 if not given
+    of_last_rank    arguments of the last rank, after those of all
+    environment     variables, for this command alone
+    spoiled         name of a parameter which the last rank changes before the first step, by itself
+    stream          file that gets the number of tokens of a sequence in the residual stream of the first rank
 """
 
 import contextlib
@@ -20,6 +27,7 @@ import torch
 from torch.distributed import destroy_process_group
 
 from megaslm.checkpoint import restore, save_checkpoint
+from megaslm.model import LanguageModel
 from megaslm.parallel import init_distributed
 from megaslm.training import loop, report
 from megaslm.training.engine import TrainingEngine
@@ -27,30 +35,46 @@ from megaslm.training.engine import TrainingEngine
 PRETRAIN = Path(__file__).resolve().parents[2] / "launch" / "pretrain.py"
 
 
-def run(arguments: list[str], rank: int, send: tuple[str, int, int] | None) -> None:
-    name, at_step, to_rank = send or ("SIGTERM", -1, -1)
+def run(command: dict, rank: int, is_last: bool) -> None:
+    name, at_step, to_rank = command.get("signal") or ("SIGTERM", -1, -1)
     train_step, steps = TrainingEngine.train_step, 0
 
-    def train_step_and_signal(*batch):
+    def train_step_and_more(engine, *batch):
         nonlocal steps
         steps += 1
         if steps == at_step and rank == to_rank:
             os.kill(os.getpid(), signal.Signals[name])
-        return train_step(*batch)
+        if steps == 1 and is_last and "spoiled" in command:
+            engine.model.get_parameter(command["spoiled"]).data += 0.01
+        if steps == 1 and rank == 0 and "stream" in command:
+            watch_stream(engine.model, Path(command["stream"]))
+        return train_step(engine, *batch)
 
-    TrainingEngine.train_step = train_step_and_signal
+    TrainingEngine.train_step = train_step_and_more
     linear = torch.nn.functional.linear
-    sys.argv = [str(PRETRAIN), *arguments]
+    sys.argv = [str(PRETRAIN), *command["arguments"], *(command.get("of_last_rank", []) if is_last else [])]
+    before = dict(os.environ)
+    os.environ.update(command.get("environment", {}))
     try:
         runpy.run_path(str(PRETRAIN), run_name="__main__")
     except SystemExit as end:
-        if end.code:
+        if (end.code or 0) != command.get("code", 0):
             raise
     finally:
+        os.environ.clear()
+        os.environ.update(before)
         TrainingEngine.train_step = train_step
         # ZeRO-3 puts its own in the place of linear and leaves it there; in bf16 it rounds the bias otherwise, and the
         # commands after it would not be what they are in a process of their own.
         torch.nn.functional.linear = linear
+
+
+def watch_stream(model: LanguageModel, file: Path) -> None:
+    def note_length(module: torch.nn.Module, inputs: tuple) -> None:
+        if module.training:
+            file.write_text(str(inputs[0].size(1)))
+
+    model.decoder.norm.register_forward_pre_hook(note_length)
 
 
 @contextlib.contextmanager
@@ -74,7 +98,7 @@ def main() -> None:
     ranks = init_distributed()  # once: train() leaves a group alone that it finds
     for command in commands:
         with saving_what_is_restored(command.get("save_restored")):
-            run(command["arguments"], ranks.rank, command.get("signal"))
+            run(command, ranks.rank, ranks.rank == ranks.world_size - 1)
     destroy_process_group()
 
 

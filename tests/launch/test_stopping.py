@@ -82,14 +82,14 @@ def test_two_ranks_stopped_by_a_signal_continue_bit_for_bit(two_ranks, metrics, 
     assert len(numbers(metrics, folder)) == STEPS
 
 
-def test_one_rank_without_a_launcher_continues_bit_for_bit(arguments, start, pretrain, command, metrics, tmp_path):
+def test_one_rank_without_a_launcher_continues_bit_for_bit(arguments, start, command, metrics, tmp_path):
     """bf16 under ZeRO 1, the default engine config."""
     bf16 = [*arguments, tmp_path / "cut", "train.precision=bf16"]
     process = start(*bf16)
     step, out, err = stop_when_seen(process, terminate_the_printed_pid)
     assert process.returncode == 0 and err == ""
     assert "SIGTERM: saving after this step, then leaving" in out
-    again = pretrain(*bf16)
+    again = command(*bf16)
     assert again.code == 0, again.err
     assert f"continuing from {tmp_path}/cut/checkpoints/step_{step:08d} at step {step}" in again.out
     assert command(*arguments, tmp_path / "whole", "train.precision=bf16").code == 0
@@ -108,25 +108,23 @@ def test_a_run_in_the_background_outlives_its_shell(arguments, environment, tmp_
 
 
 def find(process: subprocess.Popen, part: str) -> int:
-    """Process id of the front end (what was started), of the launcher under it, or of a rank."""
+    """Process id of the front end (what was started) or of the launcher under it."""
     if part == "front end":
         return process.pid
     below = psutil.Process(process.pid).children(recursive=True)
-    wanted = {"launcher": "deepspeed.launcher.launch", "rank 0": "--local_rank=0", "rank 1": "--local_rank=1"}[part]
-    (pid,) = [one.pid for one in below if wanted in one.cmdline()]
+    (pid,) = [one.pid for one in below if "deepspeed.launcher.launch" in one.cmdline()]
     return pid
 
 
+# Every case is a start of `deepspeed`, 15 s of a core: one for each way in which the ranks can come to hear of it. A
+# SIGINT is none of its own: the launcher has one handler for both, and the front end, on one machine, ends by either.
+# Signals to one rank alone are in the test of the printed pid above, and in tests/training/test_resume.py.
 @pytest.mark.parametrize(
     ("part", "number"),
     [
         ("front end", signal.SIGTERM),  # ends it alone, and leaves its launcher and the ranks to nobody
-        ("front end", signal.SIGINT),
-        ("launcher", signal.SIGTERM),
-        ("launcher", signal.SIGINT),
-        ("launcher", signal.SIGKILL),
-        ("rank 0", signal.SIGINT),
-        ("rank 1", signal.SIGTERM),
+        ("launcher", signal.SIGTERM),  # which it passes on to the ranks, before it kills them
+        ("launcher", signal.SIGKILL),  # of which they hear nothing: they see that it is gone
     ],
     ids=lambda value: getattr(value, "name", value),
 )

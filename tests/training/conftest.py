@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megaslm.data import TokenFile, TokenFileWriter, load_tokenizer
+from megaslm.parallel import ALONE, Ranks
 from megaslm.training import TrainingEngine
 
 sys.path.insert(0, str(Path(__file__).parent))  # for layout_engines.py
@@ -52,6 +54,20 @@ def train_layouts(fork_ranks, tmp_path_factory):
         return json.loads((folder / "results.json").read_text())
 
     return train
+
+
+@pytest.fixture
+def ranks_of():
+    """ranks_of(world_size=8, ...) -> the `Ranks` of a first rank, of one if nothing is said; it talks to nobody."""
+
+    def make(**changes) -> Ranks:
+        alone = {
+            "rank": 0, "world_size": 1, "local_rank": 0, "local_world_size": 1, "device": torch.device("cpu"),
+            "num_threads": 1, "host_group": None, "launched": False, "tensor_parallel": ALONE, "data_parallel": ALONE,
+        }  # fmt: skip
+        return Ranks(**alone | changes)
+
+    return make
 
 
 @pytest.fixture

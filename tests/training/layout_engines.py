@@ -21,7 +21,11 @@ VOCAB_SIZE = 90  # padded to 128: of four ranks the last has no true token
 
 def run_config(model: dict | None = None, **sections: dict) -> dict:
     """A run config as a dictionary: two layers, key/value heads for two ranks and not for four, clipping, accumulation
-    2 on two data-parallel ranks. `sections` change it key by key."""
+    2 on two data-parallel ranks. `sections` change it key by key.
+
+    eps: Adam divides a gradient by its own size, so that one which is zero but for rounding moves its weight by lr in a
+    direction that the rounding decides. Far above the rounding of the gradients (some 1e-8), eps keeps it where it is.
+    """
     base = {
         "name": "layout",
         "model": {
@@ -40,12 +44,16 @@ class LayoutEngine:
     """The engine of `run` on this rank under ds_configs/zero{stage}.json, and the samples that it trains on.
 
     masked: the samples have documents, which are kept apart, and some have targets that do not count.
+    zero: goes into zero_optimization of the engine config.
     """
 
-    def __init__(self, run: RunConfig, stage: int, precision: str = "fp32", masked: bool = False):
+    def __init__(
+        self, run: RunConfig, stage: int, precision: str = "fp32", masked: bool = False, zero: dict | None = None
+    ):
         self.run, self.masked, self.samples = run, masked, 0
         self.ranks = init_distributed(run.parallel.tensor_parallel_size)
         self.plan = make_plan(run, stage, self.ranks, precision, masked)
+        self.plan.engine_config["zero_optimization"] |= zero or {}
         self.engine, self.compiled = build_engine(self.plan)
 
     def step(self) -> tuple[float, float]:

@@ -15,21 +15,28 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import safe_set_full_fp32_param
 from layout_engines import LayoutEngine, as_run, make_plan
 
-from megaslm.checkpoint import take_fingerprint
+from megaslm.checkpoint import differing_copies, take_fingerprint
 from megaslm.config import RunConfig
 from megaslm.model import LanguageModel, build_model, initial_value
 from megaslm.parallel import ALONE, host, init_distributed, placement_of
 from megaslm.training import TrainingEngine, run
 
+COMPILE = torch.nn.Module.compile
 FINGERPRINT_TOKENS = [7, 3, 88, 41, 12, 89]  # five inputs, which no tensor-parallel size divides
 
 
 def train(case: dict) -> dict:
     """run, stage, precision, masked: see LayoutEngine. untag: take the tag off this parameter. autotp: DeepSpeed's
-    own tensor parallelism instead of ours."""
+    own tensor parallelism instead of ours. backend: of torch.compile. without_compiler: the last rank has none.
+    poison: on the last rank alone, this parameter's gradient is infinite in the second step. spoil: in the end the last
+    rank alone changes its master weights of this parameter."""
     found, make = {}, AutoTPEngine if case.get("autotp") else LayoutEngine
+    is_last = host.rank() == host.world_size() - 1
+    choose_compiler(case.get("backend", "aot_eager"), case.get("without_compiler", False) and is_last)
     arguments = as_run(case["run"]), case["stage"], case.get("precision", "fp32"), case.get("masked", False)
     if "untag" in case:
         with without_tag(case["untag"]):
@@ -37,7 +44,7 @@ def train(case: dict) -> dict:
                 make(*arguments)
             except AssertionError as error:
                 found["refused"] = str(error)
-            run.check_tags = lambda model: None
+            run.check_tags = lambda *arguments: None
             layout = make(*arguments)
     else:
         layout = make(*arguments)
@@ -51,11 +58,28 @@ def train(case: dict) -> dict:
     hook = model.decoder.norm.register_forward_pre_hook(
         lambda module, inputs: found.update({"tokens in the stream": inputs[0].size(1)})
     )
-    found["losses"], found["norms"] = zip(*[layout.step() for _ in range(layout.run.train.max_steps)], strict=True)
+    steps = []
+    for number in range(layout.run.train.max_steps):
+        with (
+            poisoned(model, case["poison"])
+            if "poison" in case and number == 1 and is_last
+            else contextlib.nullcontext()
+        ):
+            steps.append(layout.step())
+    found["losses"], found["norms"] = zip(*steps, strict=True)
+    found["skipped"] = layout.engine.skipped_steps
     hook.remove()
     if make is LayoutEngine:
         found["replicated weights"] = sums_of_replicated_weights(model)
+        found["differing"] = differing_copies(layout.engine.deepspeed)
     found["validation"] = float(layout.engine.loss_sum(layout.batch(10_000, count=3, length=layout.run.seq_length - 1)))
+    if "spoil" in case:
+        parameter = model.get_parameter(case["spoil"])
+        if is_last:
+            safe_set_full_fp32_param(
+                parameter, torch.zeros(parameter.ds_shape if case["stage"] == 3 else parameter.shape)
+            )
+        found["spoiled"] = differing_copies(layout.engine.deepspeed)
     seen = host.gather(found)
     assert all(other == found for other in seen), f"the ranks differ: {seen}"
     return found
@@ -108,6 +132,24 @@ class AutoTPEngine(LayoutEngine):
         self.engine = TrainingEngine(network, config, engine_config, without_mpu, masked)
 
 
+def choose_compiler(backend: str, missing: bool) -> None:
+    """What torch.compile of every block makes one graph of; or the error of a rank without a compiler."""
+
+    def fail(module: torch.nn.Module) -> None:
+        raise RuntimeError("no compiler here")
+
+    torch.nn.Module.compile = fail if missing else functools.partialmethod(COMPILE, backend=backend, fullgraph=True)
+
+
+@contextlib.contextmanager
+def poisoned(model: LanguageModel, name: str):
+    hook = model.get_parameter(name).register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 @contextlib.contextmanager
 def without_tag(name: str):
     """Shard models as if the plan had forgotten that the ranks have other parts of this parameter."""
@@ -129,8 +171,8 @@ def main() -> None:
     parser.add_argument("cases", type=Path)
     parser.add_argument("results", type=Path)
     arguments = parser.parse_args()
-    # One graph for every block, and without what Inductor makes of it, which takes minutes and is the same as ever.
-    torch.nn.Module.compile = functools.partialmethod(torch.nn.Module.compile, backend="aot_eager", fullgraph=True)
+    # DeepSpeed asks for AVX512-FP16, since torch is slow without; it computes all the same.
+    type(get_accelerator()).is_fp16_supported = lambda self: True
     linear, results = torch.nn.functional.linear, {}
     for name, case in json.loads(arguments.cases.read_text()).items():
         results[name] = train(case)

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
+from layout_engines import as_run, run_config
 
-from megaslm.config import ModelConfig
 from megaslm.model import build_model
 from megaslm.training.engine import compile_blocks
 
@@ -32,15 +32,12 @@ def test_blocks_with_documents_are_one_graph_each(monkeypatch):
     """Without what Inductor makes of it, which takes long: that is the same for these graphs as for any."""
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="eager", fullgraph=True))
-    config = ModelConfig(
-        vocab_size=100, context_length=16, num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2,
-        ffn_hidden_size=48, qk_norm=True,
-    )  # fmt: skip
-    model = build_model(config, 0, torch.device("cpu"))
+    run = as_run(run_config(data={"mask_documents": True}))
+    model = build_model(run.model, 0, torch.device("cpu"))
     tokens = torch.arange(32).reshape(2, 16)
     positions = torch.arange(16).remainder(7).repeat(2, 1).int()
     eager = model(tokens, tokens, positions)[0].item()
-    assert compile_blocks(model, 2, 16, torch.float32, mask_documents=True) is None
+    assert compile_blocks(model, run, 2, torch.float32) is None
     assert model(tokens, tokens, positions)[0].item() == eager
 
 

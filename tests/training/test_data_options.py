@@ -11,7 +11,6 @@ from megaslm.checkpoint import open_checkpoint
 from megaslm.config import load_run_config
 from megaslm.data import TrainingData, ValidationData, load_tokenizer
 from megaslm.model import LanguageModel, initialize_parameters
-from megaslm.parallel import ALONE
 from megaslm.training import report
 
 
@@ -74,14 +73,14 @@ def test_masked_documents_are_evaluated_as_each_by_itself(command, preset, metri
         (False, "cuda", False, False),
     ],
 )
-def test_a_mask_instead_of_flash_attention_is_noted(preset, monkeypatch, mask_documents, device, flash, noted):
+def test_a_mask_instead_of_flash_attention_is_noted(
+    ranks_of, preset, monkeypatch, mask_documents, device, flash, noted
+):
     run = load_run_config(preset, [f"data.mask_documents={str(mask_documents).lower()}", "train.kernels=reference"])
     monkeypatch.setattr(report, "separates_by_flash", lambda *_: flash)
     plan = SimpleNamespace(
         run=run, steps=10**6, precision="bf16", layout=SimpleNamespace(micro_batch_size=run.train.micro_batch_size),
-        ranks=SimpleNamespace(
-            device=torch.device(device), data_parallel_size=1, local_world_size=1, tensor_parallel=ALONE
-        ),
+        ranks=ranks_of(device=torch.device(device)),
     )  # fmt: skip
     assert ["kept apart by a mask" in note for note in report._notes(plan)] == [True] * noted
 

@@ -14,14 +14,13 @@ from deepspeed.accelerator import get_accelerator
 from megaslm.config import load_engine_config, load_run_config, resolve_batch, resolve_engine_config
 from megaslm.data import TrainingData, load_tokenizer
 from megaslm.model import LanguageModel, initialize_parameters
-from megaslm.parallel import Group
 from megaslm.training.batches import MicroBatch, StepBatches
 from megaslm.training.engine import TrainingEngine, parameter_groups
 from megaslm.training.run import out_of_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = (0, 1, 2, 3)
-SIZE_2 = ["parallel.tensor_parallel_size=2"]
+SIZE_2, ALONG_SEQUENCE = ["parallel.tensor_parallel_size=2"], "parallel.sequence_parallel=true"
 
 
 class Setting:
@@ -243,26 +242,26 @@ def test_out_of_memory_says_what_to_lower(command, preset, monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("overrides", "world_size", "advised"),
+    ("overrides", "world_size", "on_a_node", "zero", "advised"),
     [
-        ([], 4, ["parallel.tensor_parallel_size=2 parallel.sequence_parallel=true"]),
-        ([], 3, []),  # of four heads
-        (
-            ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"],
-            8,
-            ["parallel.tensor_parallel_size=4"],
-        ),
-        (SIZE_2, 2, ["parallel.sequence_parallel=true"]),
-        (["parallel.tensor_parallel_size=4", "parallel.sequence_parallel=true"], 8, []),
+        ([], 4, 4, {}, "parallel.tensor_parallel_size=2 parallel.sequence_parallel=true"),
+        ([], 3, 3, {}, None),  # of four heads
+        ([*SIZE_2, ALONG_SEQUENCE], 8, 8, {}, "parallel.tensor_parallel_size=4"),
+        ([*SIZE_2, ALONG_SEQUENCE], 8, 2, {}, None),  # over nodes
+        ([*SIZE_2, ALONG_SEQUENCE], 12, 6, {}, None),
+        (SIZE_2, 2, 2, {}, "parallel.sequence_parallel=true"),
+        (["parallel.tensor_parallel_size=4", ALONG_SEQUENCE], 8, 8, {}, None),
+        ([], 4, 4, {"stage": 3, "zero_hpz_partition_size": 2}, None),  # refused with it
     ],
 )
-def test_out_of_memory_advises_tensor_parallelism_that_fits(preset, overrides, world_size, advised):
+def test_out_of_memory_advises_tensor_parallelism_that_fits(
+    ranks_of, preset, overrides, world_size, on_a_node, zero, advised
+):
     run = load_run_config(preset, [*overrides, "model.vocab_size=90"])
-    size = run.parallel.tensor_parallel_size
     plan = SimpleNamespace(
-        run=run, engine_config={}, layout=SimpleNamespace(micro_batch_size=1),
-        ranks=SimpleNamespace(rank=0, world_size=world_size, tensor_parallel=Group(0, tuple(range(size)), None)),
+        run=run, engine_config={"zero_optimization": zero}, layout=SimpleNamespace(micro_batch_size=1),
+        ranks=ranks_of(world_size=world_size, local_world_size=on_a_node),
     )  # fmt: skip
     message = str(out_of_memory(plan, torch.OutOfMemoryError("out of memory")))
-    assert ("parallel." in message) == bool(advised)
-    assert all(advice in message for advice in advised)
+    assert ("parallel." in message) == (advised is not None)
+    assert advised is None or advised in message

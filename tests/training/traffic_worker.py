@@ -2,13 +2,16 @@
 
     traffic_worker.py CASES.json RESULTS.json
 
-CASES.json: {name: {"run": run config, "stage": stage, "precision": ...}}. RESULTS.json, by rank 0: for each name, and
+CASES.json: {name: {"run": run config, "stage": stage, "precision": ..., "zero": of the engine config,
+"loss_chunk_bytes": ...}}. RESULTS.json, by rank 0: for each name, and
 for "known calls", a list of [operation, group, calls, bytes], and the sizes of the rank's parameters.
 """
 
 import gc
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,8 +50,11 @@ def known_calls() -> list:
 
 def one_step(case: dict) -> dict:
     """Of a step after those that have what is done once; ZeRO-3 compares the order of its weights in the second."""
-    layout = LayoutEngine(as_run(case["run"]), case["stage"], case.get("precision", "fp32"))
+    layout = LayoutEngine(as_run(case["run"]), case["stage"], case["precision"], zero=case["zero"])
     model, ranks = layout.engine.model, layout.ranks
+    if ranks.tensor_parallel.size > 1:
+        loss = partial(model.head.ops.sharded_linear_cross_entropy, chunk_bytes=case["loss_chunk_bytes"])
+        model.head.ops = replace(model.head.ops, sharded_linear_cross_entropy=loss)
     for _ in range(2 if case["stage"] == 3 else 1):
         layout.engine.train_step(batches(layout), 1e-3)
     with count_traffic(tensor=ranks.tensor_parallel, data=ranks.data_parallel) as traffic:
