@@ -5,14 +5,16 @@
     python tools/benchmark_parallel.py --preset megaslm_1.2b --precision bf16 --world_sizes 1 8 --json FILE
     python tools/benchmark_parallel.py --paper                           the tables of docs/scaling.md; measures nothing
 
-All layouts take the same optimizer step: the same network and global batch. One rank under ZeRO-1 is what they are
-compared with. A round goes through all of them, each with new processes; medians over the steps of all rounds, and the
-spread (half of the range between the quartiles). Printed for each layout:
+All layouts take the same optimizer step as a run would: the same network and global batch, on random tokens. One rank
+under ZeRO-1 is what they are compared with. A round goes through all of them, each with new processes; medians over the
+steps of all rounds, and the spread (half of the range between the quartiles). Printed for each layout:
 
     ms          wall time of a step
-    CPU ms      processor time of a step, of all ranks together: the figure to look at where ranks share cores
-    host ms     processor time of a step on one rank, of a network with as many layers and weights, but at widths so
-                small that the arithmetic is next to nothing: what Python, hooks and messages cost, and a GPU waits for
+    CPU ms      processor time of a step, of all ranks together: the figure to look at where ranks share cores. Not on
+                GPUs, where a processor that waits for its GPU counts as busy
+    host ms     processor time of a step on one rank, or wall time on GPUs, of a network with as many layers and
+                weights, but at widths so small that the arithmetic is next to nothing: what Python, hooks and messages
+                cost, and a GPU waits for
     calls, MB   collectives of a step on one rank and what it hands to them, MB sent: what a ring then sends. In the
                 data-parallel and the tensor-parallel group; by operation in the file of --json
 
@@ -23,6 +25,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import socket
 import statistics
 import tempfile
@@ -31,7 +34,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megaslm.commands import run_command
+from megaslm.commands import interrupt_on_termination, run_command
 from megaslm.config import RunConfig, load_engine_config, load_run_config, resolve_batch, resolve_engine_config
 from megaslm.errors import UserError
 from megaslm.reports import check_folder_of, table, write_json
@@ -44,8 +47,13 @@ SHAPE = [
     "model.vocab_size=8000", "data.seq_length=128", "train.global_batch_size=8", "train.micro_batch_size=2",
 ]  # fmt: skip
 # Of any: as many layers and weights, and hardly anything to multiply. ZeRO-3 would not shard weights so small.
-THIN = ["model.hidden_size=32", "model.head_dim=8", "model.vocab_size=128", "data.seq_length=16"]
+THIN = [
+    "model.hidden_size=32", "model.head_dim=8", "model.ffn_hidden_size=64", "model.vocab_size=128",
+    "data.seq_length=16",
+]  # fmt: skip
 THIN_ENGINE = {"stage3_param_persistence_threshold": 0}
+DEFAULTS = {"precision": "fp32", "world_sizes": [1, 2, 4], "rounds": 3, "steps": 3}
+QUICK_DEFAULTS = DEFAULTS | {"world_sizes": [1, 2], "rounds": 1, "steps": 1}
 QUICK = ["model.num_layers=1", "model.hidden_size=32", "model.head_dim=4", "data.seq_length=16"]
 WARM_UP_STEPS = 2
 
@@ -65,22 +73,42 @@ class Arrangement:
             parts.append(f"TP {self.tensor_parallel_size}")
         return ", ".join(parts + ["SP"] * self.sequence_parallel)
 
+    @property
+    def overrides(self) -> list[str]:
+        """Of a run in this layout; its stage is that of the engine config."""
+        if self.tensor_parallel_size == 1:
+            return []
+        rows = str(self.sequence_parallel).lower()
+        return [f"parallel.tensor_parallel_size={self.tensor_parallel_size}", f"parallel.sequence_parallel={rows}"]
+
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", help=f"the network and the batch (default: {PRESET}, made smaller)")
-    add("--precision", default="fp32", choices=("fp32", "bf16"), help="arithmetic (default: fp32)")
-    add("--world_sizes", nargs="+", type=int, default=[1, 2, 4], metavar="N", help="ranks (default: 1 2 4)")
-    add("--rounds", type=int, default=3, metavar="N", help="times that each layout is started (default: 3)")
-    add("--steps", type=int, default=4, metavar="N", help="steps that are timed each time (default: 4)")
-    add("--quick", action="store_true", help="one step of a tiny network in three layouts, to see that it works")
+    add("--precision", choices=("fp32", "bf16"), help="arithmetic (default: fp32)")
+    add("--world_sizes", nargs="+", type=int, metavar="N", help="ranks, beside one (default: 1 2 4)")
+    add("--rounds", type=int, metavar="N", help="times that each layout is started (default: 3)")
+    add("--steps", type=int, metavar="N", help="steps that are timed each time (default: 3)")
+    add(
+        "--quick",
+        action="store_true",
+        help="one step of a tiny network in few layouts of 2 ranks: does it work?",
+    )
     add("--paper", action="store_true", help="print the tables of docs/scaling.md and leave")
     add("--json", metavar="FILE", help="also write the figures there")
     add("overrides", nargs="*", metavar="section.key=value", help="of the preset")
     arguments = parser.parse_intermixed_args()
-    if arguments.quick:
-        arguments.world_sizes, arguments.rounds, arguments.steps = [2], 1, 1
+    if arguments.paper:
+        names = ("preset", "precision", "world_sizes", "rounds", "steps", "json")
+        given = [f"--{name}" for name in names if getattr(arguments, name) is not None]
+        given += ["--quick"] * arguments.quick + arguments.overrides
+        if given:
+            raise UserError(f"--paper prints the same tables whatever is given beside it: leave out {', '.join(given)}")
+        return arguments
+    for name, value in (QUICK_DEFAULTS if arguments.quick else DEFAULTS).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
     for name, value in [
         ("rounds", arguments.rounds),
         ("steps", arguments.steps),
@@ -88,12 +116,19 @@ def parse_arguments() -> argparse.Namespace:
     ]:
         if value < 1:
             raise UserError(f"--{name} {value}: give 1 or more")
+    if max(arguments.world_sizes) == 1:
+        raise UserError("--world_sizes 1: one rank is what the others are compared with: give more")
+    for override in arguments.overrides:
+        if override.startswith(("parallel.", "train.precision=")):
+            option = "--precision" if override.startswith("train.") else "--world_sizes"
+            raise UserError(f"{override}: this command chooses the layouts and the arithmetic: see {option}")
     if arguments.json:
         check_folder_of(arguments.json, "--json")
     return arguments
 
 
 def main() -> None:
+    interrupt_on_termination()  # ends the ranks
     arguments = parse_arguments()
     if arguments.paper:
         from megaslm.parallel import paper_tables
@@ -112,7 +147,7 @@ def main() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silence
     arrangements = choose_arrangements({1, *arguments.world_sizes}, arguments.precision, arguments.quick)
     for thin in ([], THIN):  # a mistake is one message, not one of every rank
-        check(load(arguments.preset, [*overrides, *thin]), arrangements)
+        check(load(arguments.preset, [*overrides, *thin]), arrangements, "cuda" if gpus else "cpu")
     job = {"preset": arguments.preset, "overrides": overrides, "precision": arguments.precision}
     results: dict[str, dict] = {}
     for turn in range(arguments.rounds):
@@ -120,10 +155,12 @@ def main() -> None:
             mine = [a for a in arrangements if a.world_size == world_size]
             if turn == 0:
                 print(f"round 1 of {arguments.rounds}: {world_size} rank{'s' * (world_size > 1)}", flush=True)
-            for found in start_ranks(job | {"arrangements": mine, "steps": arguments.steps}, world_size, bool(gpus)):
+            job |= {"arrangements": mine, "steps": arguments.steps, "counts": turn == 0}
+            for found in start_ranks(job, world_size, bool(gpus)):
                 collect(results, found)
     summaries = [summary_of(one) for one in results.values()]
-    facts = environment(gpus, arguments)
+    compiled = "; ".join(sorted({one["built"]["compiled"] for one in summaries}))
+    facts = environment(gpus, arguments) | summaries[0]["built"] | {"compiled": compiled}
     print("\n".join(report(load(arguments.preset, overrides), summaries, facts)))
     if arguments.json:
         options = {key: value for key, value in vars(arguments).items() if key != "json"}
@@ -131,11 +168,14 @@ def main() -> None:
 
 
 def choose_arrangements(world_sizes: set[int], precision: str, quick: bool) -> list[Arrangement]:
-    """One rank; and for each number of ranks every ZeRO stage, and ZeRO-1 with each tensor-parallel size."""
+    """One rank; and for each number of ranks every ZeRO stage, and ZeRO-1 with each tensor-parallel size; where it is
+    to be quick only ZeRO-3 and the smallest size."""
     found = [Arrangement(1, 1)]
-    if quick:
-        return [*found, Arrangement(2, 3), Arrangement(2, 1, 2, sequence_parallel=True)]
     for world_size in sorted(world_sizes - {1}):
+        if quick:
+            found.append(Arrangement(world_size, 3))
+            found += [Arrangement(world_size, 1, 2, sequence_parallel=True)] * (world_size % 2 == 0)
+            continue
         stages = (0, 1, 2, 3) if precision == "fp32" else (1, 2, 3)  # stage 0 is fp32 alone
         found += [Arrangement(world_size, stage) for stage in stages]
         sizes = [size for size in (2, 4, 8) if world_size % size == 0]
@@ -151,10 +191,14 @@ def load(preset: str | None, overrides: list[str]) -> RunConfig:
     return run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": vocab_size})})
 
 
-def check(run: RunConfig, arrangements: list[Arrangement]) -> None:
-    """UserError for sizes that do not divide among the ranks."""
-    from megaslm.parallel import check_sizes
+def check(run: RunConfig, arrangements: list[Arrangement], device: str) -> None:
+    """UserError for sizes that do not divide among the ranks, and kernels that do not run."""
+    import torch
 
+    from megaslm.parallel import check_sizes
+    from megaslm.training import choose_kernels
+
+    choose_kernels(run.train.kernels, torch.device(device))
     for one in arrangements:
         check_sizes(run.model, one.tensor_parallel_size)
         ranks = one.world_size // one.tensor_parallel_size
@@ -176,14 +220,24 @@ def start_ranks(job: dict[str, Any], world_size: int, on_gpus: bool) -> list[dic
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
-        multiprocessing.start_processes(
-            run_rank, (job, world_size, port, path), world_size, start_method="spawn" if on_gpus else "fork"
+        method = "spawn" if on_gpus else "fork"
+        context = multiprocessing.start_processes(
+            run_rank, (job, world_size, port, path), world_size, join=False, start_method=method
         )
+        try:
+            while not context.join():
+                pass
+        finally:  # this process is told to end: the ranks may wait for one another, and hear nothing
+            for process in context.processes:
+                process.kill()
+                process.join()
         return json.loads(path.read_text())
 
 
 def run_rank(rank: int, job: dict[str, Any], world_size: int, port: int, path: Path) -> None:
     """One process: every layout of `job`, one after the other. Rank 0 writes what was found."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # not this command's: the process that started it speaks
+        signal.signal(number, signal.SIG_DFL)
     rank_of = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({key: str(value) for key, value in rank_of.items()}, MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)
@@ -192,80 +246,94 @@ def run_rank(rank: int, job: dict[str, Any], world_size: int, port: int, path: P
     found = []
     for arrangement in job["arrangements"]:
         one, thin = (
-            measure(load(job["preset"], [*job["overrides"], *extra]), arrangement, job["precision"], job["steps"], zero)
+            measure(load(job["preset"], [*job["overrides"], *extra, *arrangement.overrides]), arrangement, job, zero)
             for extra, zero in (([], {}), (THIN, THIN_ENGINE if arrangement.stage == 3 else {}))
         )
-        found.append({"arrangement": asdict(arrangement), **one, "host_seconds": thin["cpu_seconds"]})
+        host = [statistics.mean(of_ranks) for of_ranks in thin["cpu_seconds"]] or thin["seconds"]
+        found.append({"arrangement": asdict(arrangement), **one, "host_seconds": host})
     if rank == 0:
         path.write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 
-def measure(
-    run: RunConfig, arrangement: Arrangement, precision: str, steps: int, zero: dict[str, Any]
-) -> dict[str, Any]:
-    """Seconds of each step, processor seconds of each step on every rank, and the traffic of one step.
+def measure(run: RunConfig, arrangement: Arrangement, job: dict[str, Any], zero: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of each step, processor seconds of each step on every rank (none on GPUs), the traffic of one step
+    where `job` asks for counts, and what the network was built with.
 
     zero: goes into zero_optimization of the engine config of ds_configs/.
     traffic: [operation, group, calls, bytes, bytes sent], of the groups "data" and "tensor". Collective.
     """
     import torch
 
-    from megaslm.model import build_model
-    from megaslm.parallel import count_traffic, host, init_distributed, shard_model, wire_bytes
-    from megaslm.training import MicroBatch, TrainingEngine
+    from megaslm.parallel import count_traffic, host, init_distributed, wire_bytes
+    from megaslm.training import TrainingEngine, build_network, choose_kernels
 
     ranks = init_distributed(arrangement.tensor_parallel_size)
-    if ranks.device.type == "cpu":
+    on_gpus = ranks.device.type == "cuda"
+    if not on_gpus:
         torch.set_num_threads(1)  # those that wait for others spin, which would count as work
     batch = resolve_batch(run.train.global_batch_size, run.train.micro_batch_size, ranks.data_parallel_size)
     engine_config = load_engine_config(ROOT / f"ds_configs/zero{arrangement.stage}.json")
     engine_config["zero_optimization"] |= zero
     engine_config = resolve_engine_config(
-        engine_config, run=run, precision=precision, batch=batch, data_parallel_size=ranks.data_parallel_size
+        engine_config, run=run, precision=job["precision"], batch=batch, data_parallel_size=ranks.data_parallel_size
     )
-    model = build_model(run.model, run.train.seed, ranks.device)
-    shard_model(model, ranks.tensor_parallel, arrangement.sequence_parallel)
+    ops = choose_kernels(run.train.kernels, ranks.device)
+    model, compiled = build_network(run, ranks, ops, job["precision"], batch.micro_batch_size)
     engine = TrainingEngine(model, run, engine_config, ranks)
-    tokens = torch.randint(run.model.vocab_size, (batch.micro_batch_size, run.seq_length), device=ranks.device)
-    batches = [MicroBatch(tokens, tokens, None, None)] * batch.accumulation_steps
+    batches = [random_batch(run, batch.micro_batch_size, ranks.device)] * batch.accumulation_steps
 
     def step() -> tuple[float, float]:
         host.gather(None)  # together
         started, worked = time.perf_counter(), time.process_time()
         engine.train_step(batches, lr=1e-4)
-        if ranks.device.type == "cuda":
+        if on_gpus:
             torch.cuda.synchronize()
         return time.perf_counter() - started, time.process_time() - worked
 
     for _ in range(WARM_UP_STEPS):
         step()
-    timed = host.gather([step() for _ in range(steps)])
+    timed = host.gather([step() for _ in range(job["steps"])])
     with count_traffic(tensor=ranks.tensor_parallel, data=ranks.data_parallel) as traffic:
-        engine.train_step(batches, lr=1e-4)
+        if job["counts"]:
+            engine.train_step(batches, lr=1e-4)
     engine.deepspeed.destroy()
+    steps = list(zip(*timed, strict=True))
     return {
-        "seconds": [max(seconds for seconds, _ in of_ranks) for of_ranks in zip(*timed, strict=True)],
-        "cpu_seconds": [[worked for _, worked in of_ranks] for of_ranks in zip(*timed, strict=True)],
+        "seconds": [max(seconds for seconds, _ in of_ranks) for of_ranks in steps],
+        "cpu_seconds": [] if on_gpus else [[worked for _, worked in of_ranks] for of_ranks in steps],
         "traffic": [
             [operation, group, *count, wire_bytes(operation, traffic.sizes[group], count.bytes)]
             for (operation, group), count in sorted(traffic.counts.items())
             if group in ("data", "tensor") and traffic.sizes[group] > 1
         ],
+        "built": {"kernels": ops.backend, "collectives": torch.distributed.get_backend(), "compiled": compiled},
     }
+
+
+def random_batch(run: RunConfig, micro_batch_size: int, device: Any) -> Any:
+    """A micro-batch, of which each sequence is a document where data.mask_documents keeps them apart."""
+    import torch
+
+    from megaslm.training import MicroBatch
+
+    tokens = torch.randint(run.model.vocab_size, (micro_batch_size, run.seq_length), device=device)
+    if not run.data.mask_documents:
+        return MicroBatch(tokens, tokens, None, None)
+    positions = torch.arange(run.seq_length, dtype=torch.int32, device=device).repeat(micro_batch_size, 1)
+    return MicroBatch(tokens, tokens, positions, micro_batch_size)
 
 
 def collect(results: dict[str, dict], found: dict[str, Any]) -> None:
     """Add a round's figures of a layout to those before."""
-    one = results.setdefault(str(Arrangement(**found["arrangement"])), found | {"seconds": [], "cpu_seconds": []})
-    if one["host_seconds"] is found["host_seconds"]:
-        one["host_seconds"] = []
-    for key in ("seconds", "cpu_seconds", "host_seconds"):
+    lists = ("seconds", "cpu_seconds", "host_seconds")
+    one = results.setdefault(str(Arrangement(**found["arrangement"])), found | {key: [] for key in lists})
+    for key in lists:
         one[key] += found[key]
 
 
 def summary_of(one: dict[str, Any]) -> dict[str, Any]:
-    """Medians in ms; the processor time of all ranks together, and of the host that of one."""
+    """Medians in ms; the processor time of all ranks together (None on GPUs), and of the host that of one."""
     milliseconds = [1000 * value for value in one["seconds"]]
     quartiles = statistics.quantiles(milliseconds, n=4) if len(milliseconds) > 1 else [milliseconds[0]] * 3
     rows = one["traffic"]
@@ -273,8 +341,8 @@ def summary_of(one: dict[str, Any]) -> dict[str, Any]:
         "layout": str(Arrangement(**one["arrangement"])),
         "ms": statistics.median(milliseconds),
         "spread_ms": (quartiles[2] - quartiles[0]) / 2,
-        "cpu_ms": 1000 * statistics.median(sum(of_ranks) for of_ranks in one["cpu_seconds"]),
-        "host_ms": 1000 * statistics.median(statistics.mean(of_ranks) for of_ranks in one["host_seconds"]),
+        "cpu_ms": 1000 * statistics.median(map(sum, one["cpu_seconds"])) if one["cpu_seconds"] else None,
+        "host_ms": 1000 * statistics.median(one["host_seconds"]),
         "calls": sum(row[2] for row in rows),
         "bytes": sum(row[3] for row in rows),
         "sent_bytes": sum(row[4] for row in rows),
@@ -285,26 +353,19 @@ def report(run: RunConfig, summaries: list[dict[str, Any]], facts: dict[str, Any
     from megaslm.model import count_parameters
 
     base = summaries[0]
-    header = ["layout", "ms", "+-", "ratio", "CPU ms", "ratio", "host ms", "calls", "MB", "MB sent"]
-    rows = [
-        [
-            one["layout"],
-            f"{one['ms']:,.1f}",
-            f"{one['spread_ms']:.1f}",
-            f"{one['ms'] / base['ms']:.2f}",
-            f"{one['cpu_ms']:,.1f}",
-            f"{one['cpu_ms'] / base['cpu_ms']:.2f}",
-            f"{one['host_ms']:.1f}",
-            str(one["calls"]),
-            f"{one['bytes'] / 1e6:,.2f}",
-            f"{one['sent_bytes'] / 1e6:,.2f}",
-        ]
-        for one in summaries
-    ]
+    header = ["layout", "ms", "+-", "ratio", *([] if facts["gpus"] else ["CPU ms", "ratio"]), "host ms", "calls", "MB"]
+    header.append("MB sent")
+    rows = []
+    for one in summaries:
+        cells = [one["layout"], f"{one['ms']:,.1f}", f"{one['spread_ms']:.1f}", f"{one['ms'] / base['ms']:.2f}"]
+        if not facts["gpus"]:
+            cells += [f"{one['cpu_ms']:,.1f}", f"{one['cpu_ms'] / base['cpu_ms']:.2f}"]
+        cells += [f"{one['host_ms']:.1f}", str(one["calls"])]
+        rows.append(cells + [f"{one[key] / 1e6:,.2f}" for key in ("bytes", "sent_bytes")])
     lines = [
         f"{run.name}, {count_parameters(run.model) / 1e6:.1f}M parameters, steps of {run.train.global_batch_size} x "
-        f"{run.seq_length} tokens, {facts['precision']}; {facts['device']}, torch {facts['torch']}, "
-        f"deepspeed {facts['deepspeed']}",
+        f"{run.seq_length} tokens, {facts['precision']}; kernels {facts['kernels']}, compiled {facts['compiled']}",
+        f"{facts['device']}, {facts['collectives']}, torch {facts['torch']}, deepspeed {facts['deepspeed']}",
         *table(header, rows, "<" + ">" * (len(header) - 1)),
     ]
     most = max(one["arrangement"]["world_size"] for one in summaries)

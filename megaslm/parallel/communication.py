@@ -16,10 +16,6 @@ from megaslm.config import ModelConfig
 FP32_BYTES = 4
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
-REUSE_DISTANCE = 1_000_000_000
-"""DeepSpeed's stage 3 holds a weight after its use in the forward pass if it is needed again within so many elements of
-other weights (stage3_max_reuse_distance): that is, those of the last half of it, seen from the loss."""
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -29,6 +25,7 @@ class Layout:
     precision: of weights and activations, and what gradients are reduced in: "fp32", "bf16" or "fp16".
     loss_chunk_bytes: budget for the logits of a chunk of the loss; None: that of the fused kernel.
     persistence_threshold: stage3_param_persistence_threshold: stage 3 keeps weights of so many elements on every rank.
+    live_parameters: stage3_max_live_parameters: elements of weights that stage 3 has gathered at a time.
     """
 
     micro_batch_size: int
@@ -42,6 +39,7 @@ class Layout:
     precision: str = "bf16"
     loss_chunk_bytes: int | None = None
     persistence_threshold: int = 100_000
+    live_parameters: int = 1_000_000_000
 
     def group_size(self, group: str) -> int:
         """Ranks of the group "tensor" or "data"."""
@@ -126,7 +124,8 @@ def _tensor_parallel(config: ModelConfig, layout: Layout) -> list[Collective]:
         weights     those that every rank has whole and computes a part of the gradient of, summed in fp32
 
     Under sequence parallelism each all-reduce of x is an all-gather and a reduce-scatter, the one forward where the
-    other is backward.
+    other is backward. The two column-parallel layers of a block gather once more in the backward pass, for the
+    gradients of their weights.
     """
     n, sharded, recomputes = layout.tensor_parallel_size, layout.sequence_parallel, layout.activation_checkpointing
     tokens = layout.micro_batch_size * layout.seq_length
@@ -148,9 +147,10 @@ def _tensor_parallel(config: ModelConfig, layout: Layout) -> list[Collective]:
         add_streams("embedding", "all_reduce", 1)
         add_streams("head", "all_reduce", 1)
     else:
-        for operation in ("all_gather", "reduce_scatter"):
-            add_streams("blocks", operation, 4 * blocks)
-            add_streams("head", operation, 1)
+        add_streams("blocks", "all_gather", 6 * blocks)
+        add_streams("blocks", "reduce_scatter", 4 * blocks)
+        add_streams("head", "all_gather", 1)
+        add_streams("head", "reduce_scatter", 1)
         add_streams("recomputation", "all_gather", 2 * blocks * recomputes)
         add_streams("recomputation", "reduce_scatter", blocks * recomputes)
         # Learned positions are added to all rows, which are split then.
@@ -171,10 +171,16 @@ def _zero(config: ModelConfig, layout: Layout) -> list[Collective]:
         stage 1   so too, where a reduce-scatter would do, and all-gathers the weights once
         stage 2   all-reduces the gradient of every micro-batch, and all-gathers the weights once
         stage 3   per micro-batch reduce-scatters the gradient and all-gathers the weights, and for the backward pass
-                  once more those that it did not hold. Small weights stay, and are gathered once a step.
+                  once more those that it let go of. Weights under the threshold stay, and are gathered once a step.
 
-    Left out is the padding of partitions to a multiple of the ranks. Calls are the least possible: DeepSpeed cuts them
-    into buckets of its own (`reduce_bucket_size`, `allgather_bucket_size`).
+    The bytes that stage 3 gathers are a lower bound, and up to a block's weights more a micro-batch were measured: its
+    prefetcher lets go of nothing that it has seen to come again, so that the weights live at the end of the forward
+    pass are those that it holds for the backward pass. Without it (stage3_prefetch_bucket_size 0) only those are held
+    that come again within stage3_max_reuse_distance: half as many, or where blocks are recomputed a third.
+
+    Left out is the padding of partitions to a multiple of the ranks. Calls are the least possible, since DeepSpeed cuts
+    gradients into buckets of its own (`reduce_bucket_size`); but those of stage 3's gathers the most: one for each
+    weight, two where it is let go. The prefetcher takes several together if they fit into its bucket.
     """
     sizes = rank_parameters(config, layout.tensor_parallel_size)
     total, element = sum(sizes), BYTES[layout.precision]
@@ -188,10 +194,11 @@ def _zero(config: ModelConfig, layout: Layout) -> list[Collective]:
             Collective("gradients", "all_reduce", "data", times, times * total * element),
             Collective("weights", "all_gather", "data", groups, total * element),
         ]
-    small = sum(size for size in sizes if size <= layout.persistence_threshold)
-    large = total - small
-    gathered = steps * (large + max(0, large - REUSE_DISTANCE // 2)) + small
+    large = [size for size in sizes if size > layout.persistence_threshold]
+    share_again = max(0, 1 - layout.live_parameters / sum(large)) if large else 0
+    calls = steps * math.ceil(len(large) * (1 + share_again)) + len(sizes) - len(large)
+    gathered = steps * round(sum(large) * (1 + share_again)) + total - sum(large)
     return [
         Collective("gradients", "reduce_scatter", "data", steps, steps * total * element),
-        Collective("weights", "all_gather", "data", math.ceil(gathered / total), gathered * element),
+        Collective("weights", "all_gather", "data", calls, gathered * element),
     ]

@@ -34,6 +34,9 @@ TIMES = (
 VOLUMES = ("preset", "Z1", "Z2", "Z3", "Z1, port", "TP 2", "TP 4", "TP 8")
 CALL_SECONDS = {"node": 20e-6, "network": 50e-6}
 """Assumed time of a collective on almost nothing. On two nodes 46 us were measured (nccl issue 1244)."""
+HOP_SECONDS = {"rank": 1e-6, "node": 5e-6}
+"""Assumed time that each rank and each node adds to a gather or scatter between nodes: NCCL sends them round a ring
+(arXiv:2506.20252), while its all-reduces climb a tree."""
 STATE_SHARE = 0.6
 """Of a GPU's memory, what weights, gradients and moments may take; the rest is for activations."""
 DOUBLING_GAINS = 0.9
@@ -44,7 +47,7 @@ WORTH_IT = 0.95
 
 @dataclass(frozen=True)
 class Estimate:
-    """One optimizer step in one layout. Seconds do not overlap: `total` is their sum."""
+    """One optimizer step in one layout. Seconds are not taken to overlap: `total` is their sum."""
 
     layout: Layout
     compute: float
@@ -108,13 +111,14 @@ def estimate(run: RunConfig, nodes: int, tensor_parallel_size: int = 1, zero_sta
 
 
 def _seconds(collective: Collective, layout: Layout, nodes: int) -> float:
-    """The slower of NVLink and InfiniBand, which a pipelined collective keeps busy at the same time."""
+    """The slower of NVLink and InfiniBand, which a pipelined collective keeps busy at the same time, and its calls."""
     seconds = _sent(collective, layout) / NVLINK
     if collective.group == "tensor" or nodes == 1:  # a tensor-parallel group lies within a node
         return seconds + collective.calls * CALL_SECONDS["node"]
-    return max(seconds, _sent_by_port(collective, layout, nodes) / INFINIBAND) + (
-        collective.calls * CALL_SECONDS["network"]
-    )
+    latency = CALL_SECONDS["network"]
+    if collective.operation != "all_reduce":
+        latency += HOP_SECONDS["rank"] * layout.group_size(collective.group) + HOP_SECONDS["node"] * nodes
+    return max(seconds, _sent_by_port(collective, layout, nodes) / INFINIBAND) + collective.calls * latency
 
 
 def _sent(collective: Collective, layout: Layout) -> float:
@@ -123,22 +127,32 @@ def _sent(collective: Collective, layout: Layout) -> float:
 
 
 def _sent_by_port(collective: Collective, layout: Layout, nodes: int) -> float:
-    """Bytes that a GPU's own port sends to the next node: the ports of a group's GPUs share the payload."""
-    gpus = layout.group_size(collective.group) / nodes
-    return wire_bytes(collective.operation, nodes, collective.bytes / gpus)
+    """Bytes that a GPU's own port sends to the next node: of rings through all ranks, which leave a node by another
+    of the group's ports each."""
+    return _sent(collective, layout) / (layout.group_size(collective.group) / nodes)
 
 
 def recommend(run: RunConfig, nodes: int) -> Estimate | None:
-    """ZeRO-1 with the smallest tensor-parallel size that leaves room for activations, or a larger one that is clearly
-    faster. None: the batch has fewer sequences than there are ranks, whatever the size."""
+    """The smallest tensor-parallel size under the lowest of ZeRO-1, 2 and 3 whose state fits into `STATE_SHARE` of a
+    GPU, or a larger size that is clearly faster. What activations take is not computed.
+
+    None: nothing fits, or the batch has fewer sequences than there are ranks, whatever the size.
+    """
     best = None
     for size in TENSOR_PARALLEL_SIZES:
-        one = estimate(run, nodes, size)
-        if one is None or one.state_bytes > STATE_SHARE * GPU_BYTES:
-            continue
-        if best is None or one.total < WORTH_IT * best.total:
-            best = one
+        stages = [estimate(run, nodes, size, stage) for stage in (1, 2, 3)]
+        fitting = [one for one in stages if one is not None and one.state_bytes <= STATE_SHARE * GPU_BYTES]
+        if fitting and (best is None or fitting[0].total < WORTH_IT * best.total):
+            best = fitting[0]
     return best
+
+
+def _pays(run: RunConfig, nodes: int) -> bool:
+    """Whether every doubling up to `nodes` is worth it."""
+    best = recommend(run, nodes)
+    if nodes == 1 or best is None:
+        return best is not None
+    return _pays(run, nodes // 2) and best.total <= DOUBLING_GAINS * recommend(run, nodes // 2).total
 
 
 def paper_tables() -> Iterator[str]:
@@ -191,14 +205,15 @@ def _times(run: RunConfig, nodes: int) -> list[str]:
     state = " / ".join(f"{one.state_bytes / 1e9:.1f}" for one in stages if one is not None)
     cells = [str(nodes), state or "-", _ms(possible and possible.compute)]
     cells += [_ms(one and one.communication) for one in (*stages, *sizes)]
-    best, with_half = recommend(run, nodes), recommend(run, nodes // 2) if nodes > 1 else None
+    best = recommend(run, nodes)
     cells += [_ms(best and best.total), f"{best.compute / best.total:.0%}" if best else "-"]
-    if best is None or (with_half is not None and best.total > DOUBLING_GAINS * with_half.total):
+    if not _pays(run, nodes):
         cells.append("a larger batch")
     else:
         layout = best.layout
+        stage = f"ZeRO-{layout.zero_stage}, " if layout.zero_stage > 1 else ""
         size = f"TP {layout.tensor_parallel_size}, " if layout.tensor_parallel_size > 1 else ""
-        cells.append(f"{size}{layout.micro_batch_size} x {layout.accumulation_steps}")
+        cells.append(f"{stage}{size}{layout.micro_batch_size} x {layout.accumulation_steps}")
     return cells
 
 

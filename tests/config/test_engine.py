@@ -323,9 +323,16 @@ def test_the_tensor_parallel_size_stands_in_the_run_config():
     assert "tensor_parallel: say it in the run config: parallel.tensor_parallel_size" in message
 
 
-@pytest.mark.parametrize("keys", [{"zero_hpz_partition_size": 8}, {"zero_quantized_gradients": True}])
-def test_what_groups_ranks_side_by_side_does_not_go_with_tensor_parallelism(keys):
-    (key,) = keys
-    assert resolve(zero(3, **keys))["zero_optimization"][key] == keys[key]
-    with pytest.raises(UserError, match=rf"zero_optimization.{key} does not go with parallel.tensor_parallel_size=2"):
-        resolve(zero(3, **keys), run=load_run_config("slm_tiny", ["parallel.tensor_parallel_size=2"]))
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("zero_hpz_partition_size", 8, "would group ranks that hold different parts of the model"),
+        ("zero_quantized_gradients", True, "would group ranks that hold different parts of the model"),
+        ("zero_quantized_weights", True, "not verified"),
+    ],
+)
+def test_what_does_not_go_with_tensor_parallelism(key, value, reason):
+    assert resolve(zero(3, **{key: value}))["zero_optimization"][key] == value
+    message = rf"zero_optimization.{key} does not go with parallel.tensor_parallel_size=2: .*{reason}; remove it, or "
+    with pytest.raises(UserError, match=message + "take parallel.tensor_parallel_size=1"):
+        resolve(zero(3, **{key: value}), run=load_run_config("slm_tiny", ["parallel.tensor_parallel_size=2"]))

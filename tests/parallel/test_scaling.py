@@ -32,10 +32,26 @@ def test_a_step_of_zero_1_by_hand():
     assert two.compute == pytest.approx(one.compute / 2)
     # An all-reduce and an all-gather, in 1 + 2 calls: by NVLink, and by the port for an eighth from node to node.
     assert one.zero == pytest.approx(2 * parameters * (2 + 1) * 7 / 8 / 370e9 + 3 * 20e-6)
-    by_nvlink, by_port = 2 * parameters * 3 * 15 / 16 / 370e9, 2 * parameters / 8 * 3 * 1 / 2 / 46e9
-    assert two.zero == pytest.approx(max(by_nvlink, by_port) + 3 * 50e-6)
+    # The gathers go round a ring of 16 ranks on 2 nodes.
+    by_nvlink, by_port = 2 * parameters * 3 * 15 / 16 / 370e9, 2 * parameters * 3 * 15 / 16 / 8 / 46e9
+    assert two.zero == pytest.approx(max(by_nvlink, by_port) + 3 * 50e-6 + 2 * (16 * 1e-6 + 2 * 5e-6))
     assert one.state_bytes == pytest.approx(parameters * (8 + 12 / 8))
     assert one.tensor_parallel == 0 and one.total == one.compute + one.zero
+
+
+def test_a_step_of_tensor_parallelism_by_hand():
+    """megaslm_3b on one node, TP 2 with sequence parallelism: 1,024 sequences of 2,048 tokens, 26 blocks of width 3,072
+    with heads of 128; 4 data-parallel ranks with 64 micro-batches of 4."""
+    run = load("megaslm_3b")
+    one = estimate(run, 1, 2)
+    # A block: 6 gathers and 4 scatters of x; 2 of each for embedding and head; statistics of the loss in one gather,
+    # 3 x 2 numbers a token; gradients of 4 norms a block, and of the last.
+    tokens, width, blocks = 4 * 2048, 3072, 26
+    norms = blocks * (2 * 128 + 2 * width) + width
+    sent = 1 / 2 * (10 * blocks + 4) * tokens * width * 2 + 1 / 2 * 3 * 2 * tokens * 4 + norms * 4
+    calls = (10 * blocks + 4) + 1 + (4 * blocks + 1)
+    assert one.tensor_parallel == pytest.approx(64 * (sent / 370e9 + calls * 20e-6))
+    assert one.compute == estimate(run, 1).compute
 
 
 def test_slow_ports_are_what_several_nodes_wait_for(monkeypatch):
@@ -44,7 +60,8 @@ def test_slow_ports_are_what_several_nodes_wait_for(monkeypatch):
     monkeypatch.setattr(scaling, "INFINIBAND", 1e9)
     assert estimate(run, 1).zero == one
     parameters = sum(rank_parameters(run.model))
-    assert estimate(run, 2).zero == pytest.approx(2 * parameters / 8 * 3 * 1 / 2 / 1e9 + 3 * 50e-6)
+    by_port = 2 * parameters * 3 * 15 / 16 / 8 / 1e9
+    assert estimate(run, 2).zero == pytest.approx(by_port + 3 * 50e-6 + 2 * (16 * 1e-6 + 2 * 5e-6))
     assert estimate(run, 2).zero > 10 * two
 
 
@@ -53,11 +70,19 @@ def test_zero_1_alone_is_recommended_while_each_gpu_has_a_sequence():
         assert recommend(load(preset), nodes).layout.tensor_parallel_size == 1
 
 
-def test_tensor_parallelism_is_recommended_where_the_batch_or_the_memory_asks_for_it(monkeypatch):
+def test_tensor_parallelism_is_recommended_where_the_batch_asks_for_it():
     assert recommend(load("sab_3b"), 16).layout.tensor_parallel_size == 2  # 64 sequences, 128 GPUs
     assert recommend(load("neox_1.2b"), 32) is None  # 16 sequences, 256 GPUs: not even 8 ranks for each
-    monkeypatch.setattr(scaling, "GPU_BYTES", 50e9)
-    assert recommend(load("sab_3b"), 1).layout.tensor_parallel_size == 4  # 69, 40 and 25 GB
+
+
+def test_memory_asks_for_a_higher_stage_and_not_for_tensor_parallelism(monkeypatch):
+    run = load("sab_3b")
+    for gpu_bytes, stage in ((141e9, 1), (50e9, 2), (30e9, 3)):  # for 69, 29 and 16 GB
+        monkeypatch.setattr(scaling, "GPU_BYTES", gpu_bytes)
+        layout = recommend(run, 1).layout
+        assert (layout.zero_stage, layout.tensor_parallel_size) == (stage, 1)
+    monkeypatch.setattr(scaling, "GPU_BYTES", 20e9)  # what ZeRO-3 divides by all ranks, tensor parallelism can't shrink
+    assert recommend(run, 1) is None
 
 
 def test_a_layout_that_is_not_possible_has_no_estimate():
