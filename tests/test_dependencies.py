@@ -14,7 +14,7 @@ FOLDERS = ("megaslm", "kernels", "tools", "launch", "tests")
 OURS = {"megaslm", "megaslm_kernels", "zygote", *(path.stem for path in ROOT.glob("tools/*.py"))}
 OURS |= {
     path.stem
-    for folder in ("checkpoint", "data", "generation", "kernels", "training")
+    for folder in ("checkpoint", "data", "generation", "kernels", "parallel", "training")
     for path in ROOT.glob(f"tests/{folder}/**/*.py")
 }
 # Not installed by any extra: probed where they are used, and named in the error when they are missing.
