@@ -299,8 +299,8 @@ class Training:
             self.say(
                 f"warning: at step {self.progress.step} tensor-parallel ranks hold different values of {names[0]}"
                 f"{more}, which every one of them should hold alike; the checkpoint has those of one rank, and a run "
-                "that continues from it computes something else than this one. Kernels that sum in another order on one "
-                "rank do this (try train.compile=false), and devices that compute wrongly"
+                "that continues from it computes something else than this one. Kernels that sum in another order on "
+                "one rank do this (try train.compile=false), and devices that compute wrongly"
             )
 
     def _snapshot(self, buffers: HostBuffers | None) -> Snapshot:
