@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -429,13 +430,15 @@ def steps_between(directory: Path, source: str, layout: str, tensor_parallel_siz
 
 
 def killed_save(directory: Path) -> None:
-    """The last rank is killed when it begins the second of its files."""
+    """The last rank is killed when it has begun the first of its files."""
     engine = build_sliced(network(bias=True), "z1", 2)
     save(engine, directory, 1)
     if dist.get_rank() == dist.get_world_size() - 1:
 
         def write(path: Path, tensors: dict) -> dict:
             if path.name.startswith("exp_avg_0"):
+                while not path.with_name(path.name.replace("exp_avg", "weights")).exists():
+                    time.sleep(0.001)  # the files of a rank are written side by side
                 os.kill(os.getpid(), signal.SIGKILL)
             return write_safetensors(path, tensors)
 
