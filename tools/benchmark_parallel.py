@@ -26,7 +26,6 @@ import json
 import os
 import platform
 import signal
-import socket
 import statistics
 import tempfile
 import time
@@ -78,8 +77,8 @@ class Arrangement:
         """Of a run in this layout; its stage is that of the engine config."""
         if self.tensor_parallel_size == 1:
             return []
-        rows = str(self.sequence_parallel).lower()
-        return [f"parallel.tensor_parallel_size={self.tensor_parallel_size}", f"parallel.sequence_parallel={rows}"]
+        switch = str(self.sequence_parallel).lower()
+        return [f"parallel.tensor_parallel_size={self.tensor_parallel_size}", f"parallel.sequence_parallel={switch}"]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -179,7 +178,9 @@ def choose_arrangements(world_sizes: set[int], precision: str, quick: bool) -> l
         stages = (0, 1, 2, 3) if precision == "fp32" else (1, 2, 3)  # stage 0 is fp32 alone
         found += [Arrangement(world_size, stage) for stage in stages]
         sizes = [size for size in (2, 4, 8) if world_size % size == 0]
-        found += [Arrangement(world_size, 1, size, rows) for size in sizes for rows in (False, True)]
+        found += [
+            Arrangement(world_size, 1, size, along_sequence) for size in sizes for along_sequence in (False, True)
+        ]
     return found
 
 
@@ -214,10 +215,9 @@ def start_ranks(job: dict[str, Any], world_size: int, on_gpus: bool) -> list[dic
     from torch import multiprocessing
 
     import megaslm.training  # noqa: F401
+    from megaslm.parallel import free_port
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "found.json"
         method = "spawn" if on_gpus else "fork"

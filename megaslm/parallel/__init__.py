@@ -2,7 +2,7 @@
 
 from megaslm.parallel import host
 from megaslm.parallel.communication import Collective, Layout, rank_parameters, step_collectives
-from megaslm.parallel.distributed import Ranks, available_cores, init_distributed
+from megaslm.parallel.distributed import Ranks, available_cores, free_port, init_distributed
 from megaslm.parallel.gradients import clip_gradients_, global_norm
 from megaslm.parallel.groups import ALONE, Group
 from megaslm.parallel.memory import memory_used
@@ -29,6 +29,7 @@ __all__ = [
     "clip_gradients_",
     "count_traffic",
     "estimate",
+    "free_port",
     "global_norm",
     "host",
     "init_distributed",

@@ -153,7 +153,7 @@ def _tensor_parallel(config: ModelConfig, layout: Layout) -> list[Collective]:
         add_streams("head", "reduce_scatter", 1)
         add_streams("recomputation", "all_gather", 2 * blocks * recomputes)
         add_streams("recomputation", "reduce_scatter", blocks * recomputes)
-        # Learned positions are added to all rows, which are split then.
+        # Learned positions are added to all tokens, which are split then.
         add_streams("embedding", "all_reduce" if config.position == "learned" else "reduce_scatter", 1)
         add_streams("embedding", "all_gather", 1)
     row_bytes = config.padded_vocab_size // n * BYTES[layout.precision]

@@ -143,6 +143,13 @@ def _check_size(size: int, world_size: int, launched: bool) -> None:
         )
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def _complete_environment() -> bool:
     """Whether a launcher started this process; without one, set what makes it one rank by itself."""
     given = [name for name in LAUNCHER_VARIABLES if name in os.environ]
@@ -155,9 +162,7 @@ def _complete_environment() -> bool:
     if "RANK" in given:
         os.environ.setdefault("LOCAL_RANK", "0")
         return True
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     return False

@@ -45,10 +45,15 @@ class Placement:
         return torch.cat([whole[block.slices] for block in self.blocks])
 
 
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Its shape on this rank; under ZeRO-3, too, where it is empty between its uses."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def placement_of(name: str, parameter: nn.Parameter) -> Placement:
     """The placement of the parameter called `name` in its model; without one (see sharding.py) it is whole."""
     found = getattr(parameter, "placement", None)
     if found is not None:
         return found
-    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 it is empty between its uses
+    shape = shape_of(parameter)
     return Placement(name, shape, (Block.whole(shape),), sliced=False)

@@ -6,6 +6,7 @@ names of parameters stay, but where one becomes two (`QueryKeyValue`); every one
 norm would be counted once instead of summed over the group.
 """
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from megaslm.parallel.layers import (
     VocabularyParallelEmbedding,
     VocabularyParallelHead,
 )
-from megaslm.parallel.placement import Block, Placement, placement_of
+from megaslm.parallel.placement import Block, Placement, placement_of, shape_of
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ def check_tags(model: LanguageModel, group: Group, sequence_parallel: bool = Fal
         assert name in plan, f"{name} is no parameter of a model on rank {group.rank} of {group.size}"
         placement, tagged = placement_of(name, parameter), getattr(parameter, "tensor_model_parallel", False)
         assert tagged == placement.sliced, f"{name} is {'' if tagged else 'not '}tagged tensor_model_parallel"
-        counted[placement.name] += _shape(parameter).numel() * (group.size if tagged else 1)
+        counted[placement.name] += math.prod(shape_of(parameter)) * (group.size if tagged else 1)
     for name in whole.keys() | counted.keys():
         assert counted[name] == whole.get(name), (
             f"the norm would count {counted[name]:,} elements of {name}, which has {whole.get(name, 0):,}: "
@@ -254,14 +255,10 @@ def check_tags(model: LanguageModel, group: Group, sequence_parallel: bool = Fal
     for name, parameter in model.named_parameters():
         placement, expected = placement_of(name, parameter), placement_of(name, plan[name])
         assert placement == expected, f"{name} is {placement}, and rank {group.rank} of {group.size} has {expected}"
-        shape = plan[name].shape
-        assert _shape(parameter) == shape, f"{name} is {tuple(_shape(parameter))}, and its placement {tuple(shape)}"
+        shape = shape_of(plan[name])
+        assert shape_of(parameter) == shape, f"{name} is {shape_of(parameter)}, and its placement {shape}"
         summed, expected = _is_summed(parameter), _is_summed(plan[name]) and parameter.requires_grad
         assert summed == expected, f"the gradient of {name} is {'' if summed else 'not '}summed over the ranks"
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 it is empty between its uses
 
 
 def _column_parallel(name: str, module: nn.Linear, heights: list[int], to: Target) -> ColumnParallelLinear:
