@@ -54,6 +54,7 @@ setup(
     ],
     extras_require={
         "eval": ["lm_eval>=0.4.12"],
+        "float8": ["torchao>=0.18,<0.19"],
         "wandb": ["wandb>=0.19"],
         "dev": [
             "hypothesis>=6.100",
@@ -62,6 +63,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
+            "torchao>=0.18,<0.19",
             "wandb>=0.19",
         ],
     },

@@ -199,7 +199,8 @@ def lines(results: list[dict[str, Any]]) -> list[str]:
 
 def environment(device) -> dict[str, Any]:
     import torch
-    import transformers
+
+    from megaslm.checkpoint import load_transformers
 
     on_gpu = device.type == "cuda"
     return {
@@ -208,7 +209,7 @@ def environment(device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": load_transformers().__version__,
     }
 
 

@@ -6,9 +6,11 @@ and rounds once at each store. `select_backend` gives the ops of one backend as 
 
 from megaslm_kernels.attention import (
     Documents,
+    attention_obstacle,
     attention_to_cache,
     causal_attention,
     find_documents,
+    prefer_attention,
     separates_by_flash,
 )
 from megaslm_kernels.backends import REFERENCE, TRITON, BackendUnavailable, Ops, select_backend, triton_obstacle
@@ -21,9 +23,11 @@ __all__ = [
     "Ops",
     "REFERENCE",
     "TRITON",
+    "attention_obstacle",
     "attention_to_cache",
     "causal_attention",
     "find_documents",
+    "prefer_attention",
     "select_backend",
     "separates_by_flash",
     "triton_obstacle",

@@ -5,11 +5,20 @@ y = softmax(q k^T / sqrt(D) + causal mask) v
 Over a whole window, or within each of the documents that share it.
 """
 
+import contextlib
+import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_FLASH, _CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+_OTHERS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+_ORDERS = {"flash": [_FLASH, _CUDNN, *_OTHERS], "cudnn": [_CUDNN, _FLASH, *_OTHERS]}
+_preference = contextlib.ExitStack()
 
 
 class Documents(NamedTuple):
@@ -66,6 +75,60 @@ def attention_to_cache(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
     # the backend knows of grouped heads.
     rows = q.squeeze(1).unflatten(1, (k.size(1), -1))
     return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).flatten(1, 2).unsqueeze(1)
+
+
+def prefer_attention(name: str) -> None:
+    """Which of PyTorch's fused attentions a GPU tries first from here on, in this process: "flash", "cudnn", or "auto",
+    which is PyTorch's own order. Compiled code keeps what was preferred when it was compiled."""
+    _preference.close()
+    if name == "auto":
+        return
+    _preference.enter_context(sdpa_kernel(_ORDERS[name], set_priority=True))
+    # The cache of AOTAutograd knows the call and not the order by which it is resolved. It is asked when a forward pass
+    # is compiled, which is this thread's work, as its settings of torch are its own since torch 2.13. The thread in
+    # which autograd has a backward pass compiled needs no tag: in that graph the kernel stands by its name.
+    tag = f"{torch.compiler.config.cache_key_tag} attention={name}"
+    _preference.enter_context(torch.compiler.config.patch(cache_key_tag=tag))
+
+
+def attention_obstacle(
+    name: str, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, length: int
+) -> str | None:
+    """Why "flash" or "cudnn" attention over `length` tokens does not run on `device`, found by one try; None: it does.
+
+    heads, kv_heads, head_dim: of the queries, of keys and values, and the width of both.
+    """
+    if device.type != "cuda":
+        return "it needs a GPU"
+    q = torch.zeros(1, length, heads, head_dim, dtype=dtype, device=device, requires_grad=True)
+    k = torch.zeros(1, length, kv_heads, head_dim, dtype=dtype, device=device, requires_grad=True)
+
+    def attend() -> None:
+        with sdpa_kernel(_ORDERS[name][0]):
+            causal_attention(q, k, k).sum().backward()
+
+    return _refusal(name, attend)
+
+
+def _refusal(name: str, attend: Callable[[], None]) -> str | None:
+    """Why `attend` does not run with the backend `name` alone; None: it does. SDPA goes through its backends, with a
+    warning for each and one for each reason against it, and then raises an error that names none."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        try:
+            attend()
+            return None
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error)
+    said = [str(warning.message).partition(" (Triggered internally")[0] for warning in found]
+    headings = [
+        i for i, line in enumerate(said) if line.lower().startswith(f"{name} attention kernel not used because")
+    ]
+    if headings and headings[0] + 1 < len(said):
+        reason = said[headings[0] + 1]
+    return reason.partition("\n")[0]
 
 
 def _grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:

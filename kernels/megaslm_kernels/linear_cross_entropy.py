@@ -222,7 +222,7 @@ def _loss_and_gradient_formula_(
         ones = scale * is_target.to(x.dtype).unsqueeze(1)
         grad = log_probs.exp_().mul_(ones * (1 + 2 * z_loss * logsumexp.unsqueeze(1))).scatter_add_(1, index, -ones)
         logits[:, :vocab_size] = grad
-        logits[:, vocab_size:] = 0.0
+        logits[:, vocab_size:].zero_()
 
 
 def _sharded_with(statistics: Callable, gradient_: Callable, first: int, gather: Callable) -> Callable:

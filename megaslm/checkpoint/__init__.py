@@ -25,9 +25,11 @@ from megaslm.checkpoint.folder import (
 )
 from megaslm.checkpoint.format import WEIGHTS, Checkpoint, DamagedCheckpoint, Piece, open_checkpoint
 from megaslm.checkpoint.huggingface.export import ExportResult, export_checkpoint
+from megaslm.checkpoint.huggingface.families import family_of
 from megaslm.checkpoint.huggingface.folder import HuggingFaceFolder
 from megaslm.checkpoint.huggingface.hub import push_export, sign_in
 from megaslm.checkpoint.huggingface.importing import ImportResult, import_model
+from megaslm.checkpoint.huggingface.library import load_transformers
 from megaslm.checkpoint.huggingface.memory import as_transformers
 from megaslm.checkpoint.huggingface.parity import ExportDiffers, LogitsCheck, compare_logits
 from megaslm.checkpoint.huggingface.record import EXPORT_RECORD, verify_export
@@ -96,10 +98,12 @@ __all__ = [
     "compare_logits",
     "differing_copies",
     "export_checkpoint",
+    "family_of",
     "import_model",
     "inspect_path",
     "latest_sound",
     "list_checkpoints",
+    "load_transformers",
     "newest_checkpoint",
     "open_checkpoint",
     "open_model",

@@ -1,7 +1,7 @@
 """The training state inside a DeepSpeed engine, parameter by parameter and free of its layout.
 
-The only file of megaslm that reaches below DeepSpeed's public interface; hence the check of the version, and the parity
-tests in tests/checkpoint that run it through every layout.
+One of two files of megaslm that reach below DeepSpeed's public interface (megaslm/training/device_step.py is the other
+one); hence the check of the version, and the parity tests in tests/checkpoint that run it through every layout.
 
 Whatever the ZeRO stage, the engine's inner optimizer updates flat fp32 tensors, and every trained parameter lies in one
 of them, as a whole or in part (a `Shard`):

@@ -19,7 +19,7 @@ from megaslm.config.load import (
     save_run_config,
     to_json,
 )
-from megaslm.config.manual import describe_fields
+from megaslm.config.manual import describe_fields, manual_sections
 from megaslm.config.schema import (
     UNNAMED_SET,
     CheckpointConfig,
@@ -57,6 +57,7 @@ __all__ = [
     "list_presets",
     "load_engine_config",
     "load_run_config",
+    "manual_sections",
     "read_json_object",
     "offloads_optimizer",
     "recorded_run_config",

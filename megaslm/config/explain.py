@@ -116,8 +116,12 @@ def explain(error: ValidationError, root: Any, origin: Callable[[tuple[str | int
         elif detail["type"] == "string_pattern_mismatch":
             sentences.append(f"{key} = {_shown(detail['input'])}{where}: must match {detail['ctx']['pattern']}")
         else:
-            sentences.append(f"{key} = {_shown(detail['input'])}{where}: must be {describe(kind_at(root, location))}")
-    return sentences
+            # Of a field that takes one of several types each is tried, and stands at the end of the location.
+            while kind_at(root, location) is None:
+                location = location[:-1]
+            given = f"{dotted(location)} = {_shown(detail['input'])}{where}"
+            sentences.append(f"{given}: must be {describe(kind_at(root, location))}")
+    return list(dict.fromkeys(sentences))
 
 
 def listing(title: str, sentences: list[str]) -> str:

@@ -62,6 +62,11 @@ ACTS_WHEN: tuple[tuple[tuple[str, ...], _Acts, str], ...] = (
         lambda c: c.parallel.tensor_parallel_size > 1,
         "parallel.tensor_parallel_size is 1",
     ),
+    (
+        ("train.attention",),
+        lambda c: not c.data.mask_documents,
+        "with data.mask_documents the lengths of the documents decide: flash attention over each, or a mask",
+    ),
     (("logging.wandb_project",), lambda c: c.logging.wandb != "off", "logging.wandb is off"),
 )
 

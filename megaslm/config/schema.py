@@ -322,8 +322,22 @@ class TrainConfig(Section):
     (arXiv:2204.02311, which takes 1e-4); 0: none. The reported loss is without it."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass (non-reentrant): less memory, about a third more time."""
-    compile: bool = False
-    """torch.compile every block. Where it can't (no compiler), the run says so and goes on without."""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile every block. Where it can't (no compiler), the run says so and goes on without. auto: on GPUs below
+    ZeRO-3, whose fetches break the graphs; not on CPUs, where the compiler takes longer than most runs gain."""
+    attention: Literal["auto", "flash", "cudnn"] = "auto"
+    """Which of PyTorch's fused attentions a GPU tries first: flash (FlashAttention-2) or cuDNN's. What the one can't
+    compute, another does. auto: PyTorch's own order; from version 2.10 on that is cuDNN's first on sm_90 and sm_100,
+    where the cuDNN is newer than 9.15."""
+    float8: Literal["off", "tensorwise", "rowwise"] = "off"
+    """Matrix products of the blocks in float8 (E4M3 forward, E5M2 or E4M3 backward; needs torchao, bf16 and sm_89 or
+    later): tensorwise has one scale for each matrix, rowwise one for each row, which is slower and closer to bf16. All
+    else, weights and gradients among them, stays in bf16, and so does evaluation. For wide models, with train.compile:
+    the scaling costs small ones more than the products gain."""
+    cuda_graphs: bool = False
+    """Record forward and backward pass of a micro-batch once and replay them, for models so small that the host sets
+    the pace. Needs a GPU, and bf16 under ZeRO-1 with fp32 accumulation and optimizer.type adamw; goes with neither
+    data.mask_documents nor tensor parallelism. The memory of the activations is kept during evaluation."""
 
 
 class ParallelConfig(Section):

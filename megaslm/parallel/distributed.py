@@ -75,6 +75,12 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def uses_gpus() -> bool:
+    """Whether ranks of this machine take a GPU each: it has some, and DeepSpeed's own switch, DS_ACCELERATOR=cpu, does
+    not say otherwise, as for a rehearsal."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
 def init_distributed(tensor_parallel_size: int = 1) -> Ranks:
     """Join the process group through DeepSpeed, choose the device and give every CPU rank its share of the cores.
 
@@ -88,7 +94,7 @@ def init_distributed(tensor_parallel_size: int = 1) -> Ranks:
     rank, world_size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     # torchrun says LOCAL_WORLD_SIZE, deepspeed LOCAL_SIZE
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size)
-    if torch.cuda.is_available():
+    if uses_gpus():
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"{local_world_size} ranks were started on this machine, which has {torch.cuda.device_count()} GPUs; "
@@ -156,7 +162,7 @@ def _complete_environment() -> bool:
     if "RANK" in given and len(given) < len(LAUNCHER_VARIABLES):
         missing = ", ".join(name for name in LAUNCHER_VARIABLES if name not in given)
         raise UserError(
-            f"RANK is set and {missing} is not: start the ranks with deepspeed or torchrun, "
+            f"RANK is set without {missing}: start the ranks with deepspeed or torchrun, "
             "or unset RANK to run as one rank"
         )
     if "RANK" in given:
@@ -166,6 +172,13 @@ def _complete_environment() -> bool:
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     return False
+
+
+def quiet_torchao() -> None:
+    """Call before an import of torchao, which transformers' models do too: it says which of its kernels are made for
+    another GPU or Python, and has torch deprecate what it does."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def _quiet_deepspeed() -> None:

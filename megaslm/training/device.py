@@ -5,23 +5,12 @@ import os
 import platform
 
 import torch
-from megaslm_kernels import BackendUnavailable, Ops, select_backend
+from megaslm_kernels import BackendUnavailable, Ops, attention_obstacle, prefer_attention, select_backend
 
+from megaslm.config import RunConfig
 from megaslm.errors import UserError
-
-# Dense bf16 tensor-core peaks in FLOP/s, from the vendors' datasheets (without sparsity). The name is what
-# torch.cuda.get_device_name() gives. A GPU that is not listed gets no MFU rather than a wrong one.
-PEAK_BF16_FLOPS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA GH200 480GB": 989e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-}
+from megaslm.model import DTYPES
+from megaslm.parallel import PEAK_BF16_FLOPS
 
 
 @functools.cache
@@ -65,6 +54,20 @@ def choose_kernels(name: str, device: torch.device) -> Ops:
         return select_backend(name, device)
     except BackendUnavailable as error:
         raise UserError(f"train.kernels={name}: {error}; use train.kernels=auto or reference") from error
+
+
+def choose_attention(run: RunConfig, precision: str, device: torch.device, tensor_parallel_size: int) -> None:
+    """Prefer the attention of train.attention in this process. Raises UserError where it does not run."""
+    name, model = run.train.attention, run.model
+    if name != "auto" and not run.data.mask_documents:  # with which it has no effect
+        heads, kv_heads = (max(1, count // tensor_parallel_size) for count in (model.num_heads, model.num_kv_heads))
+        sizes = heads, kv_heads, model.head_dim, run.seq_length
+        if obstacle := attention_obstacle(name, device, DTYPES[precision], *sizes):
+            raise UserError(
+                f"train.attention={name} does not run on {device_name(device)} in {precision} with heads of "
+                f"{model.head_dim}: {obstacle}; use train.attention=auto"
+            )
+    prefer_attention(name)
 
 
 def _cpu_flags() -> set[str]:

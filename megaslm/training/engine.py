@@ -21,6 +21,9 @@ from megaslm.errors import UserError, first_line
 from megaslm.model import Block, Decoder, LanguageModel
 from megaslm.parallel import Ranks, clip_gradients_, host
 from megaslm.training.batches import MicroBatch
+from megaslm.training.clock import BACKWARD, FORWARD, NO_CLOCK, OPTIMIZER, StepClock
+from megaslm.training.cuda_graphs import CudaGraph, GraphedMicroStep, check_cuda_graphs
+from megaslm.training.device_step import DeviceStep, take_over
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -134,8 +137,8 @@ class TrainingEngine:
         self._gradient_scale = (
             engine_config["gradient_accumulation_steps"] * ranks.data_parallel_size / self._tokens_per_step
         )
-        self._own_skipped_steps = torch.zeros((), device=ranks.device)
-        self._own_grad_norm: Tensor | None = None
+        self._grad_norm: Tensor | None = None  # of stage 0 under another optimizer than AdamW
+        self._skipped = 0
         self._optimizer = optimizer = build_optimizer(model, run.optimizer, offloads_optimizer(engine_config))
         # DeepSpeed prints its memory use here, past its logger.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -146,20 +149,26 @@ class TrainingEngine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=engine_config, mpu=ranks.mpu
             )
+        self._device_step = self._decide_on_the_device(ranks, offloads_optimizer(engine_config))
+        self._graphed: GraphedMicroStep | None = None
+        if run.train.cuda_graphs:
+            check_cuda_graphs(run, engine_config, self.deepspeed.optimizer, ranks.device)
+            self._graphed = GraphedMicroStep(self.deepspeed, CudaGraph())
 
     @property
     def model(self) -> LanguageModel:
         """The network, through whose submodules sampling runs (the engine's hooks gather ZeRO-3 weights)."""
         return self.deepspeed.module
 
-    def train_step(self, micro_batches: list[MicroBatch], lr: float) -> Tensor:
-        """One optimizer step over this rank's micro-batches of the global batch.
+    def train_step(self, micro_batches: list[MicroBatch], lr: float, clock: StepClock = NO_CLOCK) -> Tensor:
+        """One optimizer step over this rank's micro-batches of the global batch. `clock` is told its phases.
 
         Returns [2] float64 on the device: the sum of this rank's losses, in nats, and the number of its targets. The
         gradient is that of (sum of objectives over the global batch) / (its targets): the engine averages over ranks
         and accumulation steps, which the scale undoes.
         """
         engine = self.deepspeed
+        clock.enter(FORWARD)
         engine.train()
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
@@ -167,9 +176,16 @@ class TrainingEngine:
         losses, targets = sums
         scale = self._scale(micro_batches, targets)
         for batch in micro_batches:
-            objective, loss = engine(*batch)
-            losses += loss
-            engine.backward(objective * scale)
+            if self._graphed is None:
+                clock.enter(FORWARD)
+                objective, loss = engine(*batch)
+                losses += loss
+                clock.enter(BACKWARD)
+                engine.backward(objective * scale)
+            else:
+                clock.enter(BACKWARD)  # and forward, which is one with it
+                losses += self._graphed.run(batch, scale)
+            clock.enter(OPTIMIZER)
             if self._stage == 0 and engine.is_gradient_accumulation_boundary():
                 self._clip_gradients()
             engine.step()
@@ -187,29 +203,38 @@ class TrainingEngine:
         torch.distributed.all_reduce(total, group=self.deepspeed.data_parallel_group)
         return (self._gradient_scale * self._tokens_per_step / total).float()
 
+    def _decide_on_the_device(self, ranks: Ranks, offload: bool) -> DeviceStep | None:
+        """What clips and skips without a wait of the host; None where only the host can."""
+        optimizer, outer = self._optimizer, self.deepspeed.optimizer
+        if not isinstance(optimizer, torch.optim.AdamW) or offload or self.deepspeed.fp16_enabled():
+            return None
+        step = DeviceStep(optimizer, self._clipping, self._tensor_parallel, ranks.device)
+        return step if outer is optimizer or take_over(outer, step) else None
+
     def _clip_gradients(self) -> None:
         """Stage 0: clip to the global L2 norm; a step whose gradient is not finite is left out and counted."""
-        norm = clip_gradients_(self.model.parameters(), self._clipping or math.inf, self._tensor_parallel)
-        self._own_grad_norm = norm
-        skip = (~norm.isfinite()).float()
-        self._own_skipped_steps += skip
-        if isinstance(self._optimizer, torch.optim.AdamW):
-            # The fused kernel reads this flag, made for torch's GradScaler, and does nothing where it is 1.
-            # The host need not wait for it.
-            self._optimizer.found_inf = skip
-        elif skip:
+        if self._device_step is not None:
+            self._device_step.prepare((p, p.grad) for p in self.model.parameters() if p.grad is not None)
+            return
+        self._grad_norm = clip_gradients_(self.model.parameters(), self._clipping or math.inf, self._tensor_parallel)
+        if not self._grad_norm.isfinite():
+            self._skipped += 1
             self.model.zero_grad(set_to_none=True)
 
     @property
     def grad_norm(self) -> float:
         """Global L2 norm of the last step's gradient, before clipping; not finite when the step was skipped."""
-        norm = self._own_grad_norm if self._stage == 0 else self.deepspeed.get_global_grad_norm()
+        if self._device_step is not None:
+            norm = self._device_step.norm
+        else:
+            norm = self._grad_norm if self._stage == 0 else self.deepspeed.get_global_grad_norm()
         return float(norm) if norm is not None else math.nan
 
     @property
     def skipped_steps(self) -> int:
         """Steps of this process whose gradient was not finite; their update was left out."""
-        return self.deepspeed.skipped_steps + int(self._own_skipped_steps)
+        on_device = 0 if self._device_step is None else int(self._device_step.skipped)
+        return self.deepspeed.skipped_steps + self._skipped + on_device
 
     @property
     def loss_scale(self) -> float | None:

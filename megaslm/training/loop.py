@@ -41,10 +41,10 @@ from megaslm.training.stop import StopRequest
 class Training:
     """One process's part in a run: `go` from a checkpoint, or from the start, to the end or to a stop."""
 
-    def __init__(self, plan: Plan, engine: TrainingEngine, lock: RunLock):
+    def __init__(self, plan: Plan, engine: TrainingEngine, lock: RunLock, compiled: str):
         self.plan, self.lock = plan, lock
         self.run, self.data, self.ranks, self.say = plan.run, plan.data, plan.ranks, plan.say
-        self.engine = engine
+        self.engine, self.compiled = engine, compiled
         self.run_dir = plan.options.run_dir
         self.progress = Progress()
         self.skipped_before = 0
@@ -100,7 +100,13 @@ class Training:
     def _open_run_dir(self) -> None:
         """On rank 0: take the folder, write what is known before the first step, open the metrics."""
         self.lock.take()
-        facts = environment(self.ranks, self.plan.precision, self.plan.ops.backend)
+        train = self.run.train
+        facts = environment(self.ranks, self.plan.precision, self.plan.ops.backend) | {
+            "compile": self.compiled,
+            "attention": train.attention,
+            "float8": train.float8,
+            "cuda_graphs": train.cuda_graphs,
+        }
         open_run_dir(self.run_dir, self.run, self.plan.engine_config, facts, self.progress.step)
         # An evaluation that is made up for may have been logged before a kill.
         self.log = MetricsLog(

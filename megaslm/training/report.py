@@ -72,8 +72,9 @@ def header(plan: Plan, compiled: str) -> str:
                    f"micro-batch {layout.micro_batch_size} x {layout.accumulation_steps} accumulation "
                    f"x {ranks.data_parallel_size} data parallel{_model_parallel(run.parallel)}"),
         ("backends", f"kernels {plan.ops.backend}, {torch.distributed.get_backend()}, optimizer {run.optimizer.type}, "
-                     f"compile {compiled}, {ranks.num_threads} threads a rank"),
-        ("precision", plan.precision),
+                     f"compile {compiled}, attention {run.train.attention}, "
+                     + ("CUDA graphs, " if run.train.cuda_graphs else "") + f"{ranks.num_threads} threads a rank"),
+        ("precision", plan.precision + _float8(run.train.float8)),
         ("run folder", str(plan.options.run_dir)),
         # The signal reaches all ranks through this one. A Ctrl-C goes to deepspeed too, which kills after 30 s.
         ("to stop", f"kill -TERM {os.getpid()} saves and leaves; so does Ctrl-C"
@@ -82,7 +83,7 @@ def header(plan: Plan, compiled: str) -> str:
     if len(data.training.weights) > 1:
         shares = ", ".join(f"{share:.4f}" for share in data.training.realised_weights)
         rows.append(("blend", f"{shares} of the samples, in the order of data.train"))
-    rows += [("note", note) for note in _notes(plan)]
+    rows += [("note", note) for note in _notes(plan, compiled)]
     return format_table(f"{run.name}: {run.description}" if run.description else run.name, rows)
 
 
@@ -93,12 +94,16 @@ def _model_parallel(parallel: ParallelConfig) -> str:
     return f" x {parallel.tensor_parallel_size} tensor parallel{along}"
 
 
+def _float8(recipe: str) -> str:
+    return "" if recipe == "off" else f", products of the blocks in float8 ({recipe})"
+
+
 def _padding(data: TrainingData | ValidationData) -> str:
     """How much of what the numbers of tokens of packed files count is not trained or evaluated on."""
     return f" ({100 * data.padding_share:.1f} % padding)" if data.padding_share else ""
 
 
-def _notes(plan: Plan) -> list[str]:
+def _notes(plan: Plan, compiled: str) -> list[str]:
     """What has no or less effect than one may think."""
     notes = []
     warmup, micro = plan.run.schedule.warmup_steps, plan.run.train.micro_batch_size
@@ -106,6 +111,10 @@ def _notes(plan: Plan) -> list[str]:
         notes.append(f"the warmup of {warmup:,} steps is longer than the run: the learning rate never reaches its peak")
     if plan.run.train.kernels == "auto" and plan.ranks.device.type == "cuda" and plan.ops.backend == "reference":
         notes.append(f"PyTorch's operations instead of the fused kernels: {triton_obstacle(plan.ranks.device)}")
+    if plan.run.train.float8 != "off" and compiled != "every block":
+        notes.append(
+            "float8 without train.compile: the scaling takes kernels of its own, which cost more than is gained"
+        )
     device, head_dim, dtype = plan.ranks.device, plan.run.model.head_dim, DTYPES[plan.precision]
     if plan.run.data.mask_documents and device.type == "cuda" and not separates_by_flash(device, head_dim, dtype):
         notes.append(

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 from megaslm_kernels import Ops
@@ -12,7 +13,9 @@ from megaslm.errors import UserError, first_line
 from megaslm.model import DTYPES, LanguageModel, build_model
 from megaslm.parallel import Ranks, check_sizes, check_tags, host, init_distributed, shard_model
 from megaslm.training import report
+from megaslm.training.device import choose_attention
 from megaslm.training.engine import TrainingEngine, compile_blocks
+from megaslm.training.float8 import check_float8, use_float8
 from megaslm.training.loop import Training, dry_run
 from megaslm.training.preparation import Options, Plan, make_plan
 from megaslm.training.progress import Progress, conclude_late
@@ -40,12 +43,12 @@ def train(run: RunConfig, engine_file: dict, options: Options) -> None:
             plan.say(report.finished(plan, checkpoint.step))
         else:
             with understood_errors(plan):
-                engine, compiled = build_engine(plan)
+                engine, compiled = engine_of(plan)
                 plan.say(report.header(plan, compiled))
                 if options.dry_run:
                     plan.say(dry_run(plan, engine))
                 else:
-                    Training(plan, engine, lock).go(checkpoint, weights)
+                    Training(plan, engine, lock, compiled).go(checkpoint, weights)
     # Only at a good end: after a failure the other ranks may be gone, and this would wait for them. A caller's group
     # stays, since DeepSpeed cannot be set up again in a process whose first group is gone.
     if joined_here:
@@ -59,31 +62,62 @@ def tidy_finished(plan: Plan, checkpoint: Checkpoint) -> None:
     conclude_late(plan, Progress(**checkpoint.global_state["progress"]))
 
 
-def build_engine(plan: Plan) -> tuple[TrainingEngine, str]:
-    """The network of the run inside the engine; and how compilation went. Collective."""
-    run = plan.run
-    model, compiled = build_network(run, plan.ranks, plan.ops, plan.precision, plan.layout.micro_batch_size)
+def engine_of(plan: Plan) -> tuple[TrainingEngine, str]:
+    """`build_engine` of what is planned. Collective."""
     masked_targets = plan.data.training.ignore_repeated_eod is not None
-    engine = TrainingEngine(model, run, plan.engine_config, plan.ranks, masked_targets)
+    sizes = plan.layout.micro_batch_size, masked_targets
+    return build_engine(plan.run, plan.engine_config, plan.ranks, plan.ops, plan.precision, *sizes)
+
+
+def build_engine(
+    run: RunConfig,
+    engine_config: dict,
+    ranks: Ranks,
+    ops: Ops,
+    precision: str,
+    micro_batch_size: int,
+    masked_targets: bool,
+) -> tuple[TrainingEngine, str]:
+    """The network of `run` inside the engine; and how compilation went, as `build_network` says it. Collective.
+
+    engine_config: resolved, for micro-batches of `micro_batch_size` sequences.
+    masked_targets: whether targets of the training data may be -100, as in `TrainingEngine`.
+    Raises UserError: an option of train cannot be had here.
+    """
+    model, compiled = build_network(run, ranks, ops, precision, micro_batch_size, zero_stage(engine_config))
+    engine = TrainingEngine(model, run, engine_config, ranks, masked_targets)
     check_engine(engine.deepspeed)
     return engine, compiled
 
 
 def build_network(
-    run: RunConfig, ranks: Ranks, ops: Ops, precision: str, micro_batch_size: int
+    run: RunConfig, ranks: Ranks, ops: Ops, precision: str, micro_batch_size: int, stage: int
 ) -> tuple[LanguageModel, str]:
-    """Model with its initial weights, sharded and compiled where asked for; and how compilation went: "off",
-    "every block" or why it fell back. Collective."""
+    """Model with its initial weights, sharded and compiled where asked for, to be trained under ZeRO `stage`; and how
+    compilation went: "off", "every block" or why it fell back. Collective.
+
+    Raises UserError: train.attention or train.float8 cannot be had here.
+    """
+    choose_attention(run, precision, ranks.device, ranks.tensor_parallel.size)
     model = build_model(run.model, run.train.seed, ranks.device, ops)
     shard_model(model, ranks.tensor_parallel, run.parallel.sequence_parallel)
     check_tags(model, ranks.tensor_parallel, run.parallel.sequence_parallel)
     model.decoder.activation_checkpointing = run.train.activation_checkpointing
     model.head.z_loss = run.train.z_loss
+    if run.train.float8 != "off":
+        check_float8(run, precision, ranks.device, micro_batch_size)
+        use_float8(model, run.train.float8)
     compiled = "off"
-    if run.train.compile:
+    if compiles(run.train.compile, ranks.device, stage):
         failure = compile_blocks(model, run, micro_batch_size, DTYPES[precision])
         compiled = f"fell back to eager: {failure}" if failure else "every block"
     return model, compiled
+
+
+def compiles(setting: bool | Literal["auto"], device: torch.device, stage: int) -> bool:
+    """Whether train.compile=`setting` compiles under ZeRO `stage`. auto: on GPUs, where no fetch of weights breaks the
+    graphs."""
+    return device.type == "cuda" and stage < 3 if setting == "auto" else setting
 
 
 @contextlib.contextmanager

@@ -157,6 +157,7 @@ def test_unknown_keys_name_the_nearest_right_one(override, nearest):
         ("model.qk_norm=1", "true or false"),
         ("model.qk_norm=no", "true or false"),
         ("model.norm=rms", "rmsnorm or layernorm"),
+        ("train.compile=maybe", "auto or true or false"),
         ("schedule.type=cosin", "constant, linear, cosine or wsd"),
         ("model.rope_fraction=1.5", "a number > 0 and <= 1"),
         ("data.input=[3]", "text"),
@@ -219,6 +220,7 @@ def test_contradictions(overrides, says):
         ["eval.sample_tokens=0", "eval.sample_temperature=1"],
         ["logging.wandb_project=x"],
         ["parallel.sequence_parallel=true"],
+        ["data.mask_documents=true", "train.attention=cudnn"],
     ],
 )
 def test_an_override_without_effect_is_an_error(overrides):

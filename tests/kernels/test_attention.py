@@ -1,10 +1,21 @@
 """Attention within documents: the mask against each document by itself, and what flash attention is given."""
 
 import math
+import warnings
 
 import pytest
 import torch
-from megaslm_kernels import Documents, attention, causal_attention, find_documents, separates_by_flash
+from megaslm_kernels import (
+    Documents,
+    attention,
+    attention_obstacle,
+    causal_attention,
+    find_documents,
+    prefer_attention,
+    separates_by_flash,
+)
+from megaslm_kernels.attention import _refusal
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LENGTHS = ((700, 1, 323), (1024,))  # past the blocks of the CPU's flash attention
 POSITIONS = torch.stack([torch.cat([torch.arange(n, dtype=torch.int32) for n in row]) for row in LENGTHS])
@@ -130,3 +141,84 @@ def test_flash_attention_is_the_mask(h, k, compiled):
     for one, other in zip(ours, theirs, strict=True):
         error = (one - other).norm() / other.norm()
         assert error < 0.02 and math.isfinite(error)
+
+
+def test_a_preference_holds_until_the_next_and_marks_what_is_compiled():
+    before = torch._C._get_sdp_priority_order()
+    first = {}
+    for name in ("flash", "cudnn"):
+        prefer_attention(name)
+        first[name] = torch._C._get_sdp_priority_order()[0]
+        assert torch.compiler.config.cache_key_tag == f" attention={name}"
+    prefer_attention("auto")
+    assert first == {"flash": int(SDPBackend.FLASH_ATTENTION), "cudnn": int(SDPBackend.CUDNN_ATTENTION)}
+    assert torch._C._get_sdp_priority_order() == before
+    assert torch.compiler.config.cache_key_tag == ""
+
+
+def test_what_is_compiled_under_one_preference_is_not_taken_under_another(monkeypatch, tmp_path):
+    """The caches on disk know what is called, and not how it is resolved."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    q, hits = torch.randn(1, 8, 2, 16), []
+    try:
+        for name in ("flash", "cudnn", "auto", "flash"):
+            prefer_attention(name)
+            torch.compiler.reset()
+            counters.clear()
+            with torch.no_grad():
+                torch.compile(causal_attention)(q, q, q)
+            hits.append(counters["aot_autograd"]["autograd_cache_hit"])
+    finally:
+        prefer_attention("auto")
+    assert hits == [0, 0, 0, 1]
+
+
+def test_the_reason_is_the_one_against_the_backend_that_is_asked_for():
+    def on_a_cpu():
+        q = torch.zeros(1, 2, 8, 16)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            torch.nn.functional.scaled_dot_product_attention(q, q, torch.zeros(1, 2, 8, 24))
+
+    def on_a_gpu():
+        for line in (
+            "Memory efficient kernel not used because:",
+            "It is disabled. (Triggered internally at x.cpp:1.)",
+            "Flash attention kernel not used because:",
+            "It is disabled.",
+            "cuDNN attention kernel not used because:",
+            "This one. (Triggered internally at x.cpp:2.)",
+        ):
+            warnings.warn(line, stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    def without_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert _refusal("flash", on_a_cpu).startswith("Flash attention requires q,k,v to have the same last dimension.")
+    assert _refusal("cudnn", on_a_gpu) == "This one."
+    assert _refusal("flash", lambda: None) is None
+    with pytest.raises(torch.OutOfMemoryError):
+        _refusal("flash", without_memory)
+
+
+def test_a_cpu_has_no_choice_of_attentions():
+    assert attention_obstacle("flash", torch.device("cpu"), torch.bfloat16, 4, 2, 64, 128) == "it needs a GPU"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name, kernel", [("flash", "flash"), ("cudnn", "cudnn")])
+def test_the_preferred_attention_runs(name, kernel):
+    device = torch.device("cuda")
+    if obstacle := attention_obstacle(name, device, torch.bfloat16, 4, 2, 64, 1024):
+        pytest.skip(obstacle)
+    q, k, v = heads(4, 2, torch.bfloat16, device, d=64)
+    try:
+        prefer_attention(name)
+        with torch.profiler.profile() as profile:
+            causal_attention(q, k, v).sum().backward()
+    finally:
+        prefer_attention("auto")
+    assert any(f"_{kernel}_attention" in event.key for event in profile.key_averages())

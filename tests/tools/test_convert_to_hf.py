@@ -61,7 +61,7 @@ def left(folder: Path) -> list[str]:
 def test_a_run_becomes_a_folder(run_dir, convert, corpus, tmp_path):
     arguments = ("--checkpoint", run_dir, "--output", tmp_path / "out", "--max_shard_size", "20KB")
     code, out, err = convert(*arguments)
-    assert code == 0, err
+    assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == f"converting {run_dir / 'checkpoints' / 'step_00000004'}"
     assert [line.split(":")[0] for line in lines[2:]][0] == "fingerprint"

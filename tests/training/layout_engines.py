@@ -13,7 +13,7 @@ from megaslm.data import IGNORED_TARGET
 from megaslm.parallel import Ranks, init_distributed
 from megaslm.training import MicroBatch, Options, first_samples
 from megaslm.training.preparation import Plan
-from megaslm.training.run import build_engine
+from megaslm.training.run import engine_of
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 VOCAB_SIZE = 90  # padded to 128: of four ranks the last has no true token
@@ -54,7 +54,7 @@ class LayoutEngine:
         self.ranks = init_distributed(run.parallel.tensor_parallel_size)
         self.plan = make_plan(run, stage, self.ranks, precision, masked)
         self.plan.engine_config["zero_optimization"] |= zero or {}
-        self.engine, self.compiled = build_engine(self.plan)
+        self.engine, self.compiled = engine_of(self.plan)
 
     def step(self) -> tuple[float, float]:
         """The mean loss of one optimizer step and its gradient norm, which are those of all ranks."""

@@ -1,13 +1,17 @@
 """train.compile: compiled losses are eager losses, and without a compiler the run says so and trains on."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from layout_engines import as_run, run_config
+from torch._dynamo.utils import counters
 
+from megaslm.config import load_run_config
 from megaslm.model import build_model
 from megaslm.training.engine import compile_blocks
+from megaslm.training.run import compiles
 
 
 @pytest.fixture
@@ -39,6 +43,45 @@ def test_blocks_with_documents_are_one_graph_each(monkeypatch):
     eager = model(tokens, tokens, positions)[0].item()
     assert compile_blocks(model, run, 2, torch.float32) is None
     assert model(tokens, tokens, positions)[0].item() == eager
+
+
+@pytest.mark.parametrize("num_layers", [3, 5])
+def test_all_blocks_share_their_graphs(num_layers):
+    """One for the first block, which gets one term of the residual stream, and one for all others, which get two."""
+    run = as_run(run_config(model={"num_layers": num_layers}))
+    model = build_model(run.model, 0, torch.device("cpu"))
+    torch.compiler.reset()
+    counters.clear()
+    for block in model.decoder.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    tokens = torch.arange(32).reshape(2, 16)
+    for _ in range(2):
+        model(tokens, tokens)[0].backward()
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "stage", "expected"),
+    [
+        ("auto", "cpu", 1, False),
+        ("auto", "cuda", 0, True),
+        ("auto", "cuda", 2, True),
+        ("auto", "cuda", 3, False),
+        (True, "cpu", 3, True),
+        (False, "cuda", 1, False),
+    ],
+)
+def test_auto_compiles_on_gpus_below_zero_3(preset, setting, device, stage, expected):
+    run = load_run_config(preset, [f"train.compile={str(setting).lower()}"])
+    assert compiles(run.train.compile, torch.device(device), stage) is expected
+
+
+def test_auto_is_the_default_and_off_on_a_cpu(command, preset, metrics, tmp_path):
+    finished = command("--preset", preset, "--run_dir", tmp_path, "train.max_steps=1")
+    assert "compile off, attention auto" in finished.out, finished.err
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    expected = {"compile": "off", "attention": "auto", "float8": "off", "cuda_graphs": False}
+    assert {key: environment[key] for key in expected} == expected
 
 
 def test_without_a_compiler_the_run_says_so_and_trains_on(pretrain, arguments, metrics, without_compiler, tmp_path):

@@ -1,9 +1,15 @@
 """train.kernels and train.z_loss as a user meets them: chosen, refused, recorded, the same losses under every stage."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
+import torch
+from layout_engines import as_run, run_config
+
+from megaslm.errors import UserError
+from megaslm.training import choose_attention, device
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 # Triton's interpreter takes milliseconds for a program: one row of 16 tokens, one layer.
@@ -52,3 +58,19 @@ def test_z_loss_is_minimised_and_not_reported(command, preset, metrics, tmp_path
     assert losses[0][0][0] == pytest.approx(losses[1][0][0], rel=1e-6)
     assert losses[0][0][1] != pytest.approx(losses[1][0][1], rel=1e-2)
     assert losses[0][1][0] != losses[1][1][0]
+
+
+@pytest.mark.parametrize("attention", ["flash", "cudnn"])
+def test_an_attention_that_the_device_has_not_is_a_users_mistake(command, preset, tmp_path, attention):
+    message = command("--preset", preset, "--run_dir", tmp_path, f"train.attention={attention}").message()
+    assert f"train.attention={attention} does not run on" in message
+    assert "it needs a GPU; use train.attention=auto" in message
+
+
+def test_within_documents_no_attention_is_tried_that_would_have_no_effect(monkeypatch):
+    monkeypatch.setattr(device, "attention_obstacle", lambda *_: "none of it")
+    monkeypatch.setattr(device, "prefer_attention", lambda name: None)
+    for masked in (False, True):
+        run = as_run(run_config(train={"attention": "flash"}, data={"mask_documents": masked}))
+        with contextlib.nullcontext() if masked else pytest.raises(UserError, match="none of it"):
+            choose_attention(run, "bf16", torch.device("cpu"), 1)

@@ -66,23 +66,24 @@ WRITTEN_DOWN = {
         ("all_reduce", "tensor"): (4 * (6 + 5) + 1, 4 * (2 * 4160 + 5 * 128) + 4),
     },
 }
-# Calls between data-parallel ranks, accumulation 2. In fp32 two all-reduces are of numbers (norm, overflow), and ZeRO-1
-# and 2 gather two groups of weights. "z3" takes 18 weights one at a time and 8 of them again; 17 stay.
+# Calls between data-parallel ranks, accumulation 2. One all-reduce is of the norm where a rank has a part of the
+# gradient, and ZeRO-1 and 2 gather two groups of weights. "z3" takes 18 weights one at a time and 8 of them again; 17
+# stay.
 WRITTEN_DOWN_OF_ZERO = {
     "tp2 z0 rows, learned, untied": {"all_reduce": 1},
-    "tp2 z1": {"all_reduce": 1 + 2, "all_gather": 2},
-    "tp2 z1 bf16 rows": {"all_reduce": 1, "all_gather": 2},
-    "tp2 z2 rows": {"all_reduce": 2 + 2, "all_gather": 2},
-    "tp2 z3": {"all_reduce": 2, "all_gather": 2, "reduce_scatter": 2},
-    "z3": {"all_reduce": 2, "all_gather": 18 + 8 + 17, "reduce_scatter": 1},
+    "tp2 z1": {"all_reduce": 1 + 1, "all_gather": 2},
+    "tp2 z1 bf16 rows": {"all_reduce": 1 + 1, "all_gather": 2},
+    "tp2 z2 rows": {"all_reduce": 2 + 1, "all_gather": 2},
+    "tp2 z3": {"all_reduce": 1, "all_gather": 2, "reduce_scatter": 2},
+    "z3": {"all_reduce": 1, "all_gather": 18 + 8 + 17, "reduce_scatter": 1},
 }
-# Collectives of numbers, beside the formulas: DeepSpeed's and our norms and checks for overflow, as (calls, bytes).
+# Collectives of numbers, beside the formulas: our norm, as (calls, bytes).
 NUMBERS = {
     (0, "fp32"): {"tensor": (1, 4)},
-    (1, "fp32"): {"tensor": (2, 8), "data": (2, 8)},
-    (2, "fp32"): {"tensor": (2, 8), "data": (2, 8)},
-    (3, "fp32"): {"tensor": (2, 16), "data": (2, 16)},
-    (1, "bf16"): {"tensor": (1, 4)},
+    (1, "fp32"): {"tensor": (1, 4), "data": (1, 4)},
+    (2, "fp32"): {"tensor": (1, 4), "data": (1, 4)},
+    (3, "fp32"): {"tensor": (1, 4), "data": (1, 4)},
+    (1, "bf16"): {"tensor": (1, 4), "data": (1, 4)},
 }
 
 

@@ -18,6 +18,7 @@ from megaslm.checkpoint.huggingface.families import (
     special_tokens,
 )
 from megaslm.checkpoint.huggingface.folder import CONFIG, HuggingFaceFolder
+from megaslm.checkpoint.huggingface.library import load_transformers
 from megaslm.config import ModelConfig
 from megaslm.errors import UserError
 from megaslm.model import rotary_base
@@ -80,11 +81,10 @@ def _switches(found: ModelConfig, expected: ModelConfig) -> list[str]:
 
 
 def _as_transformers_reads(folder: Path, source: "ModelSource", expected: ModelConfig) -> list[str]:
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
+    transformers = load_transformers()
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        generation = GenerationConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        generation = transformers.GenerationConfig.from_pretrained(folder)
     except Exception as error:  # a class for each fault
         return [f"transformers does not open it: {' '.join(str(error).split())[:300]}"]
     faults = _compare("tie_word_embeddings", config.tie_word_embeddings, expected.tie_embeddings)
@@ -97,7 +97,7 @@ def _as_transformers_reads(folder: Path, source: "ModelSource", expected: ModelC
         if not source.origin.get("generation_config"):
             faults += _compare(f"generation_config.json: {key}", getattr(generation, key), ids[key])
     if (ours := source.tokenizer) is not None:
-        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         faults += _compare("eos_token of the tokenizer", theirs.eos_token_id, ours.eod_id)
         for name, found, own in (("bos", theirs.bos_token_id, ours.bos_id), ("pad", theirs.pad_token_id, ours.pad_id)):
             if found is not None:  # ours begins a text with the token that ends one, where none is named

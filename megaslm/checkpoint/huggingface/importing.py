@@ -25,6 +25,7 @@ from megaslm.checkpoint.folder import write_checkpoint
 from megaslm.checkpoint.format import WEIGHTS, Piece
 from megaslm.checkpoint.huggingface.families import dropout_of, needs_transformers_5
 from megaslm.checkpoint.huggingface.folder import CONFIG, HuggingFaceFolder, find_folder
+from megaslm.checkpoint.huggingface.library import load_transformers
 from megaslm.checkpoint.huggingface.parity import (
     ExportDiffers,
     LogitsCheck,
@@ -158,8 +159,7 @@ def _check_with_transformers(folder: HuggingFaceFolder, own_tokenizer: bool) -> 
     Raises:
         UserError: names the file that it does not open, and why; or it is too old for it.
     """
-    import transformers
-
+    transformers = load_transformers()
     if int(transformers.__version__.split(".")[0]) < 5 and needs_transformers_5(folder.hf_config, CONFIG):
         raise UserError(
             f"{folder.path / CONFIG}: its rotary settings are spelled as transformers 5 spells them, and transformers "

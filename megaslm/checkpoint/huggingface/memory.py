@@ -5,27 +5,30 @@ from torch import nn
 
 from megaslm.checkpoint.huggingface.families import family_of, hf_config
 from megaslm.checkpoint.huggingface.folder import HEADS
+from megaslm.checkpoint.huggingface.library import load_transformers
 from megaslm.checkpoint.huggingface.mapping import parameter_groups
 from megaslm.model import LanguageModel
 
 
 @torch.no_grad()
 def as_transformers(model: LanguageModel) -> nn.Module:
-    """transformers' model with copies of the weights of `model`, in fp32 on the CPU, in eval mode.
+    """transformers' model with copies of the weights of `model`, in fp32 on its device, in eval mode.
 
     Raises UserError where no family of transformers holds the model.
     """
-    import transformers
-
+    transformers = load_transformers()
     family = family_of(model.config)
     ours = dict(model.named_parameters())
     options = hf_config(model.config, "fp32", None)
     config = transformers.AutoConfig.for_model(options.pop("model_type"), **options)
-    theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    device = next(model.parameters()).device
+    with device:
+        theirs = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     state = {}
     for group in parameter_groups(model.config, family):
         if group.ours is None:
-            state |= {name: torch.zeros(shape) for name, shape in zip(group.theirs, group.shapes, strict=True)}
+            sizes = zip(group.theirs, group.shapes, strict=True)
+            state |= {name: torch.zeros(shape, device=device) for name, shape in sizes}
         else:
             state |= dict(zip(group.theirs, group.split(ours[group.ours]), strict=True))
     names = theirs.state_dict().keys()

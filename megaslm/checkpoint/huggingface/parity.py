@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from megaslm.checkpoint.huggingface.folder import BUFFERS, CONFIG, DTYPES, HEADS, weight_files
+from megaslm.checkpoint.huggingface.library import load_transformers
 from megaslm.checkpoint.huggingface.tokenizer_files import same_tokenizer
 from megaslm.checkpoint.safetensors_file import SafetensorsFile
 from megaslm.data import PYTHON_STDLIB, standard_text
@@ -120,8 +121,7 @@ def compare_logits(
         ExportDiffers: transformers misses a tensor, has no use for one, or has another shape for it.
         UserError: the text gives no tokens.
     """
-    import transformers
-
+    transformers = load_transformers()
     folder = Path(export_dir)
     dtype = dtype or getattr(torch, json.loads((folder / CONFIG).read_text())["dtype"])
     tokens, where, text = tokens_to_compare(source, text)
@@ -186,13 +186,12 @@ def _random_tokens(source: "ModelSource", length: int) -> list[int]:
 
 def _their_logits(folder: Path, ids: Tensor, streamed: bool, attention: str | None = None) -> Tensor:
     """Of the network of transformers. attention: as it names a way to compute it; None: as a user gets it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    transformers = load_transformers()
     options = {"dtype": torch.float32, "trust_remote_code": False}
     options |= {"attn_implementation": attention} if attention else {}
     with _ParametersWithoutMemory():
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_config(config, **options)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_config(config, **options)
     model.tie_weights()
     files = {name: file for file in map(SafetensorsFile, weight_files(folder)) for name in file.shapes}
     places = _places(model, folder, files)
@@ -204,13 +203,12 @@ def _their_logits(folder: Path, ids: Tensor, streamed: bool, attention: str | No
 
 def _opened_by_transformers(folder: Path, options: dict[str, Any]) -> nn.Module:
     """As a user opens it."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
+    transformers = load_transformers()
+    logging = transformers.utils.logging
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     finally:
         if bars:
             logging.enable_progress_bar()

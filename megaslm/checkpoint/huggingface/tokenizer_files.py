@@ -5,6 +5,7 @@ from pathlib import Path
 
 import tokenizers
 
+from megaslm.checkpoint.huggingface.library import load_transformers
 from megaslm.data import Tokenizer
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -33,9 +34,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 def same_tokenizer(folder: Path, tokenizer: Tokenizer, text: str) -> bool:
     """Whether AutoTokenizer gives the ids that `tokenizer` gives of a text and of LINE, and the text of ids; and, as a
     user calls it, those ids with what tokenizer.json itself puts around them."""
-    from transformers import AutoTokenizer
-
-    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    theirs = load_transformers().AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     known = LINE
     if tokenizer.refusal(LINE) is not None:
         known = "".join(character for character in LINE if tokenizer.refusal(character) is None)

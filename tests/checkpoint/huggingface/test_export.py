@@ -460,7 +460,7 @@ export_checkpoint(source, folder / "killed", **options)
 def test_memory_and_a_kill(tmp_path):
     """600 MB in one tensor: that and 1 GB is all that conversion and check take. Then a kill before it has its name."""
     finished = subprocess.run([sys.executable, "-c", LARGE, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert finished.returncode == -9, finished.stderr
+    assert finished.returncode == -9 and finished.stderr == ""  # not a word of the libraries that it imports
     parts = ("conversion", "fingerprint", "check")
     figures = dict(line.split() for line in finished.stdout.splitlines() if line.startswith(parts))
     assert set(figures) == set(parts)
