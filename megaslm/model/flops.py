@@ -36,6 +36,11 @@ def count_parameters(config: ModelConfig) -> int:
     return embedding + positions + blocks + head + _vector_parameters(config)
 
 
+def matmul_parameters(config: ModelConfig) -> int:
+    """Weights that are used in a matrix product, once each: the output head is among them, the input embedding not."""
+    return config.num_layers * _block_matmul_parameters(config) + config.vocab_size * config.hidden_size
+
+
 def flops_per_token(config: ModelConfig, seq_length: int, causal: bool = False) -> float:
     """Floating-point operations of forward and backward for one token: 6 N_matmul + 12 L H D S.
 
@@ -43,6 +48,6 @@ def flops_per_token(config: ModelConfig, seq_length: int, causal: bool = False) 
     embedding not. The second term is attention over the full sequence, the usual definition (PaLM, arXiv:2204.02311,
     appendix B); with `causal` it is halved, which is what a causal kernel really does. Recomputation is not counted.
     """
-    matmul = config.num_layers * _block_matmul_parameters(config) + config.vocab_size * config.hidden_size
+    matmul = matmul_parameters(config)
     attention = config.num_layers * config.num_heads * config.head_dim * seq_length
     return 6.0 * matmul + (6.0 if causal else 12.0) * attention

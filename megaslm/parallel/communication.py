@@ -26,6 +26,9 @@ class Layout:
     loss_chunk_bytes: budget for the logits of a chunk of the loss; None: that of the fused kernel.
     persistence_threshold: stage3_param_persistence_threshold: stage 3 keeps weights of so many elements on every rank.
     live_parameters: stage3_max_live_parameters: elements of weights that stage 3 has gathered at a time.
+    reduce_bucket: reduce_bucket_size: elements of the gradients that stages 1 to 3 reduce together.
+    prefetch_bucket: stage3_prefetch_bucket_size: elements of weights that stage 3 gathers together, ahead of their use.
+    offload_optimizer, offload_parameters: whether they lie in the memory of the host.
     """
 
     micro_batch_size: int
@@ -40,6 +43,10 @@ class Layout:
     loss_chunk_bytes: int | None = None
     persistence_threshold: int = 100_000
     live_parameters: int = 1_000_000_000
+    reduce_bucket: int = 50_000_000
+    prefetch_bucket: int = 50_000_000
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
 
     def group_size(self, group: str) -> int:
         """Ranks of the group "tensor" or "data"."""

@@ -1,4 +1,4 @@
-"""Step times on paper: compute and communication of a preset on nodes of 8 H200, and the layout to take.
+"""Step times on paper: compute and communication of a run on nodes of GPUs, and the layout to take.
 
 Computed from formulas and the assumptions that are the constants here: nothing of it was measured. docs/scaling.md has
 the tables, and says what they are good for.
@@ -7,38 +7,32 @@ the tables, and says what they are good for.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megaslm.config import ModelConfig, RunConfig, load_run_config, resolve_batch
+from megaslm.config import RunConfig, load_run_config, resolve_batch
 from megaslm.errors import UserError
 from megaslm.model import count_parameters, flops_per_token
-from megaslm.parallel.communication import Collective, Layout, rank_parameters, step_collectives
-from megaslm.parallel.sharding import check_sizes
-from megaslm.parallel.traffic import wire_bytes
+from megaslm.parallel import Collective, Layout, check_sizes, step_collectives, wire_bytes
+from megaslm.planning.cluster import Cluster
+from megaslm.planning.memory import fits, memory_estimate, state_bytes
 
 PRESETS = ("megaslm_125m", "megaslm_350m", "megaslm_760m", "megaslm_1.2b", "megaslm_3b", "neox_1.2b", "sab_3b")
 NODES = (1, 2, 4, 8, 16, 32, 64)
 TENSOR_PARALLEL_SIZES = (1, 2, 4, 8)
 
-GPUS_PER_NODE = 8
-GPU_BYTES = 141e9
-PEAK_FLOPS = 989e12
-"""Dense bf16 of one H200 (NVIDIA's datasheet)."""
 UTILIZATION = 0.40
 """Assumed share of the peak that a step reaches while it computes, by the definition of flops_per_token."""
-NVLINK = 370e9
-"""Bytes/s that a GPU sends within its node: of the line rate of 450e9, what NCCL's rings get (nccl-tests issue 212)."""
 INFINIBAND = 46e9
 """Bytes/s that a GPU's own NDR port sends: of 50e9, what NCCL gets (nccl-tests issue 290)."""
 TIMES = (
     "nodes", "state, GB", "compute", "Z1", "Z2", "Z3", "TP 2", "TP 4", "TP 8", "step", "computing", "recommended",
 )  # fmt: skip
 VOLUMES = ("preset", "Z1", "Z2", "Z3", "Z1, port", "TP 2", "TP 4", "TP 8")
+RECOMPUTATION = 4 / 3
+"""Work of a step whose blocks are recomputed: the forward pass once more."""
 CALL_SECONDS = {"node": 20e-6, "network": 50e-6}
 """Assumed time of a collective on almost nothing. On two nodes 46 us were measured (nccl issue 1244)."""
 HOP_SECONDS = {"rank": 1e-6, "node": 5e-6}
 """Assumed time that each rank and each node adds to a gather or scatter between nodes: NCCL sends them round a ring
 (arXiv:2506.20252), while its all-reduces climb a tree."""
-STATE_SHARE = 0.6
-"""Of a GPU's memory, what weights, gradients and moments may take; the rest is for activations."""
 DOUBLING_GAINS = 0.9
 """Twice the nodes are recommended where a step takes at most this share of the time."""
 WORTH_IT = 0.95
@@ -54,6 +48,7 @@ class Estimate:
     tensor_parallel: float
     zero: float
     state_bytes: float
+    memory_bytes: float
 
     @property
     def communication(self) -> float:
@@ -64,25 +59,13 @@ class Estimate:
         return self.compute + self.communication
 
 
-def state_bytes(config: ModelConfig, layout: Layout) -> float:
-    """Bytes of weights, gradients and Adam's moments on one GPU, in bf16 with fp32 accumulation as in ds_configs/.
-
-    Of N parameters of a rank and d data-parallel ranks: ZeRO-1 holds 2 N of weights, 2 N of gradients as they come and
-    4 N as they are summed, ZeRO-2 4 N / d of the latter alone, ZeRO-3 so of the weights too; all of them have 12 N / d
-    of fp32 weights and moments. Stage 0 is fp32: 16 N. Without buckets, activations and what torch keeps.
-    """
-    total, ranks = sum(rank_parameters(config, layout.tensor_parallel_size)), layout.data_parallel_size
-    whole, sharded = {0: (16, 0), 1: (8, 12), 2: (2, 16), 3: (0, 18)}[layout.zero_stage]
-    return total * (whole + sharded / ranks)
-
-
-def estimate(run: RunConfig, nodes: int, tensor_parallel_size: int = 1, zero_stage: int = 1) -> Estimate | None:
-    """A step of `run`, whose vocabulary is known, in bf16; above size 1 with sequence parallelism.
+def estimate(run: RunConfig, cluster: Cluster, tensor_parallel_size: int = 1, zero_stage: int = 1) -> Estimate | None:
+    """A step of `run`, whose vocabulary is known, in bf16 (fp32 in stage 0); above size 1 with
+    sequence parallelism.
 
     None where the layout is not possible: sizes that do not divide, or fewer sequences than data-parallel ranks.
     """
-    gpus = nodes * GPUS_PER_NODE
-    ranks = gpus // tensor_parallel_size
+    ranks = cluster.gpus // tensor_parallel_size
     try:
         check_sizes(run.model, tensor_parallel_size)
         batch = resolve_batch(run.train.global_batch_size, run.train.micro_batch_size, ranks)
@@ -97,22 +80,32 @@ def estimate(run: RunConfig, nodes: int, tensor_parallel_size: int = 1, zero_sta
         sequence_parallel=tensor_parallel_size > 1,
         zero_stage=zero_stage,
         activation_checkpointing=run.train.activation_checkpointing,
+        precision="bf16" if zero_stage else "fp32",
     )
+    return estimate_layout(run, layout, cluster)
+
+
+def estimate_layout(run: RunConfig, layout: Layout, cluster: Cluster, utilization: float = UTILIZATION) -> Estimate:
+    """A step of `run` in that layout, on GPUs whose peak is known. utilization: share of that peak that they compute at
+    (recomputation counted as work), by the definition of flops_per_token."""
     flops = flops_per_token(run.model, run.seq_length) * run.tokens_per_step
-    if run.train.activation_checkpointing:
-        flops *= 4 / 3  # the forward pass once more
+    if layout.activation_checkpointing:
+        flops *= RECOMPUTATION
     seconds = {"tensor": 0.0, "data": 0.0}
     for collective in step_collectives(run.model, layout):
-        seconds[collective.group] += _seconds(collective, layout, nodes)
+        seconds[collective.group] += _seconds(collective, layout, cluster)
+    rate = cluster.gpus * cluster.gpu.peak(layout.precision) * utilization
     return Estimate(
-        layout, flops / (gpus * PEAK_FLOPS * UTILIZATION), seconds["tensor"], seconds["data"],
-        state_bytes(run.model, layout),
+        layout, flops / rate, seconds["tensor"], seconds["data"],
+        state_bytes(run.model, layout), memory_estimate(run.model, layout).total,
     )  # fmt: skip
 
 
-def _seconds(collective: Collective, layout: Layout, nodes: int) -> float:
-    """The slower of NVLink and InfiniBand, which a pipelined collective keeps busy at the same time, and its calls."""
-    seconds = _sent(collective, layout) / NVLINK
+def _seconds(collective: Collective, layout: Layout, cluster: Cluster) -> float:
+    """The slower of the link within a node and InfiniBand, which a pipelined collective keeps busy at the same time,
+    and its calls."""
+    nodes = cluster.nodes
+    seconds = _sent(collective, layout) / cluster.gpu.ring_rate
     if collective.group == "tensor" or nodes == 1:  # a tensor-parallel group lies within a node
         return seconds + collective.calls * CALL_SECONDS["node"]
     latency = CALL_SECONDS["network"]
@@ -132,16 +125,16 @@ def _sent_by_port(collective: Collective, layout: Layout, nodes: int) -> float:
     return _sent(collective, layout) / (layout.group_size(collective.group) / nodes)
 
 
-def recommend(run: RunConfig, nodes: int) -> Estimate | None:
-    """The smallest tensor-parallel size under the lowest of ZeRO-1, 2 and 3 whose state fits into `STATE_SHARE` of a
-    GPU, or a larger size that is clearly faster. What activations take is not computed.
+def recommend(run: RunConfig, cluster: Cluster) -> Estimate | None:
+    """The smallest tensor-parallel size under the lowest of ZeRO-1, 2 and 3 that fits into a GPU with the micro-batch
+    of the run, or a larger size that is clearly faster.
 
     None: nothing fits, or the batch has fewer sequences than there are ranks, whatever the size.
     """
     best = None
     for size in TENSOR_PARALLEL_SIZES:
-        stages = [estimate(run, nodes, size, stage) for stage in (1, 2, 3)]
-        fitting = [one for one in stages if one is not None and one.state_bytes <= STATE_SHARE * GPU_BYTES]
+        stages = [estimate(run, cluster, size, stage) for stage in (1, 2, 3)]
+        fitting = [one for one in stages if one is not None and fits(one.memory_bytes, cluster.gpu)]
         if fitting and (best is None or fitting[0].total < WORTH_IT * best.total):
             best = fitting[0]
     return best
@@ -149,10 +142,10 @@ def recommend(run: RunConfig, nodes: int) -> Estimate | None:
 
 def _pays(run: RunConfig, nodes: int) -> bool:
     """Whether every doubling up to `nodes` is worth it."""
-    best = recommend(run, nodes)
+    best = recommend(run, Cluster(nodes))
     if nodes == 1 or best is None:
         return best is not None
-    return _pays(run, nodes // 2) and best.total <= DOUBLING_GAINS * recommend(run, nodes // 2).total
+    return _pays(run, nodes // 2) and best.total <= DOUBLING_GAINS * recommend(run, Cluster(nodes // 2)).total
 
 
 def paper_tables() -> Iterator[str]:
@@ -192,20 +185,21 @@ def _volumes(run: RunConfig) -> list[str]:
         calls = f" in {sum(c.calls for c in mine):,}" if group == "tensor" else ""
         return f"{sum(sent(c, one.layout, *nodes) for c in mine) / 1e9:,.1f}{calls}"
 
-    stages = [total(estimate(run, 1, zero_stage=stage), "data", _sent) for stage in (1, 2, 3)]
-    sizes = [total(estimate(run, 1, size), "tensor", _sent) for size in TENSOR_PARALLEL_SIZES[1:]]
-    return [run.name, *stages, total(estimate(run, 8), "data", _sent_by_port, 8), *sizes]
+    stages = [total(estimate(run, Cluster(1), zero_stage=stage), "data", _sent) for stage in (1, 2, 3)]
+    sizes = [total(estimate(run, Cluster(1), size), "tensor", _sent) for size in TENSOR_PARALLEL_SIZES[1:]]
+    return [run.name, *stages, total(estimate(run, Cluster(8)), "data", _sent_by_port, 8), *sizes]
 
 
 def _times(run: RunConfig, nodes: int) -> list[str]:
     """A row of the table of a preset; times are in ms."""
-    stages = [estimate(run, nodes, zero_stage=stage) for stage in (1, 2, 3)]
-    sizes = [estimate(run, nodes, size) for size in TENSOR_PARALLEL_SIZES[1:]]
+    cluster = Cluster(nodes)
+    stages = [estimate(run, cluster, zero_stage=stage) for stage in (1, 2, 3)]
+    sizes = [estimate(run, cluster, size) for size in TENSOR_PARALLEL_SIZES[1:]]
     possible = next((one for one in (stages[0], *sizes) if one is not None), None)
     state = " / ".join(f"{one.state_bytes / 1e9:.1f}" for one in stages if one is not None)
     cells = [str(nodes), state or "-", _ms(possible and possible.compute)]
     cells += [_ms(one and one.communication) for one in (*stages, *sizes)]
-    best = recommend(run, nodes)
+    best = recommend(run, cluster)
     cells += [_ms(best and best.total), f"{best.compute / best.total:.0%}" if best else "-"]
     if not _pays(run, nodes):
         cells.append("a larger batch")
