@@ -22,12 +22,9 @@ Ranks are processes of this machine: over gloo, with one thread each, or over NC
 """
 
 import argparse
-import json
 import os
 import platform
-import signal
 import statistics
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -130,20 +127,24 @@ def main() -> None:
     interrupt_on_termination()  # ends the ranks
     arguments = parse_arguments()
     if arguments.paper:
-        from megaslm.parallel import paper_tables
+        from megaslm.planning import paper_tables
 
         print("\n".join(paper_tables()))
         return
     import torch
 
+    from megaslm.parallel import uses_gpus
+
     # Asks the driver's management library: a fork of a process that has asked the driver itself can't use it.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if uses_gpus() else 0
     if gpus and max(arguments.world_sizes) > gpus:
         raise UserError(f"--world_sizes {max(arguments.world_sizes)}: this machine has {gpus} GPUs, one for each rank")
     overrides = [*([] if arguments.preset else SHAPE), *(QUICK if arguments.quick else []), *arguments.overrides]
     if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silence
+    from megaslm.throughput import start_ranks
+
     arrangements = choose_arrangements({1, *arguments.world_sizes}, arguments.precision, arguments.quick)
     for thin in ([], THIN):  # a mistake is one message, not one of every rank
         check(load(arguments.preset, [*overrides, *thin]), arrangements, "cuda" if gpus else "cpu")
@@ -155,7 +156,7 @@ def main() -> None:
             if turn == 0:
                 print(f"round 1 of {arguments.rounds}: {world_size} rank{'s' * (world_size > 1)}", flush=True)
             job |= {"arrangements": mine, "steps": arguments.steps, "counts": turn == 0}
-            for found in start_ranks(job, world_size, bool(gpus)):
+            for found in start_ranks(measure_all, (job,), world_size, bool(gpus)):
                 collect(results, found)
     summaries = [summary_of(one) for one in results.values()]
     compiled = "; ".join(sorted({one["built"]["compiled"] for one in summaries}))
@@ -208,41 +209,8 @@ def check(run: RunConfig, arrangements: list[Arrangement], device: str) -> None:
             raise UserError(f"{one}: data.seq_length {run.seq_length} is no multiple of {one.tensor_parallel_size}")
 
 
-def start_ranks(job: dict[str, Any], world_size: int, on_gpus: bool) -> list[dict]:
-    """What rank 0 found, of ranks that are new processes: forks of this one, which has imported everything, or where
-    there are GPUs, which do not take it, processes from scratch."""
-    import deepspeed  # noqa: F401  # once for all forks
-    from torch import multiprocessing
-
-    import megaslm.training  # noqa: F401
-    from megaslm.parallel import free_port
-
-    port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "found.json"
-        method = "spawn" if on_gpus else "fork"
-        context = multiprocessing.start_processes(
-            run_rank, (job, world_size, port, path), world_size, join=False, start_method=method
-        )
-        try:
-            while not context.join():
-                pass
-        finally:  # this process is told to end: the ranks may wait for one another, and hear nothing
-            for process in context.processes:
-                process.kill()
-                process.join()
-        return json.loads(path.read_text())
-
-
-def run_rank(rank: int, job: dict[str, Any], world_size: int, port: int, path: Path) -> None:
-    """One process: every layout of `job`, one after the other. Rank 0 writes what was found."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # not this command's: the process that started it speaks
-        signal.signal(number, signal.SIG_DFL)
-    rank_of = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    os.environ.update({key: str(value) for key, value in rank_of.items()}, MASTER_ADDR="127.0.0.1")
-    os.environ["MASTER_PORT"] = str(port)
-    import torch
-
+def measure_all(job: dict[str, Any]) -> list[dict[str, Any]]:
+    """One rank: every layout of `job`, one after the other."""
     found = []
     for arrangement in job["arrangements"]:
         one, thin = (
@@ -251,9 +219,7 @@ def run_rank(rank: int, job: dict[str, Any], world_size: int, port: int, path: P
         )
         host = [statistics.mean(of_ranks) for of_ranks in thin["cpu_seconds"]] or thin["seconds"]
         found.append({"arrangement": asdict(arrangement), **one, "host_seconds": host})
-    if rank == 0:
-        path.write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    return found
 
 
 def measure(run: RunConfig, arrangement: Arrangement, job: dict[str, Any], zero: dict[str, Any]) -> dict[str, Any]:
@@ -279,7 +245,7 @@ def measure(run: RunConfig, arrangement: Arrangement, job: dict[str, Any], zero:
         engine_config, run=run, precision=job["precision"], batch=batch, data_parallel_size=ranks.data_parallel_size
     )
     ops = choose_kernels(run.train.kernels, ranks.device)
-    model, compiled = build_network(run, ranks, ops, job["precision"], batch.micro_batch_size)
+    model, compiled = build_network(run, ranks, ops, job["precision"], batch.micro_batch_size, arrangement.stage)
     engine = TrainingEngine(model, run, engine_config, ranks)
     batches = [random_batch(run, batch.micro_batch_size, ranks.device)] * batch.accumulation_steps
 

@@ -72,12 +72,12 @@ def test_mistakes(run_tool, arguments, says):
 def test_a_command_that_is_told_to_end_leaves_no_ranks_behind(monkeypatch):
     main = runpy.run_path(str(TOOL))["main"]
 
-    def ask_to_end(rank: int, *_) -> None:
-        if rank == 0:
+    def ask_to_end(job) -> None:
+        if os.environ["RANK"] == "0":
             os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(60)
 
-    monkeypatch.setitem(main.__globals__, "run_rank", ask_to_end)
+    monkeypatch.setitem(main.__globals__, "measure_all", ask_to_end)
     monkeypatch.setattr(sys, "argv", ["benchmark_parallel.py", "--quick"])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
