@@ -21,8 +21,11 @@ from megaslm.config import (
 from megaslm.errors import UserError
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(arguments: list[str] | None = None, prog: str | None = None) -> argparse.Namespace:
+    """Of the command line; `arguments`: of another command's, whose name is `prog`, as launch/start.py has them."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="quickstart", help="name of a preset or path of a run config (quickstart)")
     parser.add_argument("--ds_config", type=Path, help="engine config (as ds_configs/zero1.json: ZeRO-1, bf16)")
     parser.add_argument("--run_dir", type=Path, help="folder of the run (runs/NAME)")
@@ -42,7 +45,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dry_run", action="store_true", help="build everything, run one step, report and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the preset")
-    return parser.parse_intermixed_args()
+    parsed = parser.parse_intermixed_args(arguments)
+    if (parsed.resume == "weights") != (parsed.weights_from is not None):
+        raise UserError(
+            "--resume weights and --from CHECKPOINT_OR_RUN_FOLDER belong together: a new run, in a --run_dir of its "
+            "own, from the weights of another one"
+        )
+    return parsed
 
 
 def print_presets() -> None:
@@ -61,11 +70,6 @@ def print_presets() -> None:
 
 def main() -> None:
     arguments = parse_arguments()
-    if (arguments.resume == "weights") != (arguments.weights_from is not None):
-        raise UserError(
-            "--resume weights and --from CHECKPOINT_OR_RUN_FOLDER belong together: a new run, in a --run_dir of its "
-            "own, from the weights of another one"
-        )
     is_first = os.environ.get("RANK", "0") == "0"
     if arguments.help_config or arguments.list_presets:
         if is_first:

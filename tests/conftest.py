@@ -42,6 +42,7 @@ MEASURED = ("tokens_per_s", "ms_per_step", "tflops", "tflops_causal", "memory_by
 # Files that take half a minute of a core or more, the longest first: run side by side, they must not come last.
 LONGEST_FIRST = (
     "launch/test_kills.py",
+    "launch/test_nodes.py",
     "training/test_tensor_parallel.py",
     "training/test_tensor_parallel_options.py",
     "launch/test_stopping.py",

@@ -14,7 +14,7 @@ MAX_LINES = 600
 MAX_LINES_OF_AN_OP = 300
 SOURCES = ("megaslm", "kernels", "launch", "tools", "tests", "setup.py")
 PYTHON = sorted(path for name in SOURCES for path in [ROOT / name, *(ROOT / name).rglob("*")] if path.suffix == ".py")
-TEXT_ENDINGS = (".py", ".md", ".json", ".toml", ".txt", ".sh")
+TEXT_ENDINGS = (".py", ".md", ".json", ".toml", ".txt", ".sh", ".sbatch")
 
 # Whom each part may import; itself and the plain modules of the package always.
 MAY_IMPORT = {
@@ -23,9 +23,12 @@ MAY_IMPORT = {
     "model": {"kernels", "config"},
     "parallel": {"model", "kernels", "config"},
     "checkpoint": {"parallel", "model", "kernels", "config", "data"},
+    "planning": {"checkpoint", "parallel", "model", "kernels", "config", "data"},
     "generation": {"parallel", "model", "kernels", "config", "data"},
     "evaluation": {"checkpoint", "generation", "parallel", "model", "kernels", "config", "data"},
     "training": {"evaluation", "checkpoint", "generation", "parallel", "model", "kernels", "config", "data"},
+    "throughput": {"training", "checkpoint", "parallel", "model", "kernels", "config", "data"},
+    "cluster": {"planning", "checkpoint", "parallel", "model", "kernels", "config", "data"},
     "kernels": set(),
 }
 PARTS = set(MAY_IMPORT)
@@ -93,6 +96,14 @@ def test_commands_and_other_parts_use_what_a_part_offers():
                 continue
             if (ROOT / "megaslm" / part / f"{names[2]}.py").exists() and len(names) > 3:
                 wrong.add(f"{path.relative_to(ROOT)} imports {module}")
+    assert wrong == set()
+
+
+def test_there_is_one_door_to_transformers():
+    """Which quiets what comes with it."""
+    door = ROOT / "megaslm" / "checkpoint" / "huggingface" / "library.py"
+    outside = [path for path in PYTHON if ROOT / "tests" not in path.parents and path != door]
+    wrong = {path for path in outside for module, _ in imported(path) if module.split(".")[0] == "transformers"}
     assert wrong == set()
 
 

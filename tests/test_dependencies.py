@@ -11,10 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("megaslm", "kernels", "tools", "launch", "tests")
 # Packages, and files that stand beside the command or test that imports them.
-OURS = {"megaslm", "megaslm_kernels", "zygote", *(path.stem for path in ROOT.glob("tools/*.py"))}
+OURS = {
+    "megaslm",
+    "megaslm_kernels",
+    "zygote",
+    *(path.stem for name in ("tools", "launch") for path in ROOT.glob(f"{name}/*.py")),
+}
 OURS |= {
     path.stem
-    for folder in ("checkpoint", "data", "generation", "kernels", "parallel", "training")
+    for folder in ("checkpoint", "data", "generation", "kernels", "parallel", "planning", "throughput", "training")
     for path in ROOT.glob(f"tests/{folder}/**/*.py")
 }
 # Not installed by any extra: probed where they are used, and named in the error when they are missing.
