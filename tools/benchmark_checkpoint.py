@@ -35,13 +35,13 @@ MIB = 2**20
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="slm_small")
+    parser.add_argument("--preset", default="slm_small", help="of the model (slm_small)")
     parser.add_argument("--ds_config", type=Path, help="engine config (as ds_configs/zero1.json)")
     parser.add_argument("--directory", type=Path, default=Path(), help="folder on the disk to measure (this one)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="times that each part is measured (3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the preset")
     return parser.parse_intermixed_args()
 
 

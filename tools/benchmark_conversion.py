@@ -37,12 +37,16 @@ TWO_GIGABYTES = ["model.num_layers=30", "model.vocab_size=32000"]  # of slm_larg
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="slm_large")
+    parser.add_argument("--preset", default="slm_large", help="of the model (slm_large)")
     parser.add_argument("--directory", type=Path, default=Path(), help="folder on the disk to measure (this one)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="times that each part is measured (3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     parser.add_argument(
-        "overrides", nargs="*", default=TWO_GIGABYTES, metavar="section.key=value", help=" ".join(TWO_GIGABYTES)
+        "overrides",
+        nargs="*",
+        default=TWO_GIGABYTES,
+        metavar="section.key=value",
+        help=f"changes to the preset ({' '.join(TWO_GIGABYTES)})",
     )
     return parser.parse_intermixed_args()
 

@@ -35,7 +35,10 @@ PACKAGES = ("numpy", "torch", "gigatoken", "tokenizers", "pyarrow", "zstandard")
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    names = ", ".join(SECTIONS)
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), metavar="NAME", help=f"of {names} (all)"
+    )
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="where the files go")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured there")
     benchmark_preprocess.add_arguments(parser)

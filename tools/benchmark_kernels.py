@@ -91,7 +91,13 @@ def parse_arguments() -> argparse.Namespace:
         only, the rest at widths {listed(FULL["cuda"]["widths"])} of {listed(FULL["cuda"]["tokens"])} tokens""",
     )
     parser.add_argument("--limit_seconds", type=float, default=float("inf"), help="start no further shape after that")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark_kernels"), metavar="FOLDER")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/benchmark_kernels"),
+        metavar="FOLDER",
+        help="where the JSON and the picture go (runs/benchmark_kernels)",
+    )
     return parser.parse_args()
 
 

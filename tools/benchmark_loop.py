@@ -27,13 +27,18 @@ QUIET = ["eval.interval=0", "eval.max_sequences=4", "eval.sample_tokens=0", "che
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="slm_tiny")
-    parser.add_argument("--ds_config", nargs="+", default=[str(ROOT / f"ds_configs/zero{n}.json") for n in (0, 2)])
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--preset", default="slm_tiny", help="of the model and the batch (slm_tiny)")
+    parser.add_argument(
+        "--ds_config",
+        nargs="+",
+        default=[str(ROOT / f"ds_configs/zero{n}.json") for n in (0, 2)],
+        help="engine configs (zero0 and zero2 of ds_configs)",
+    )
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run (40)")
     parser.add_argument("--interval", type=int, default=5, help="steps of one measurement")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="rounds (3)")
     parser.add_argument("--bare", action="store_true", help="run the bare loop alone and print its tokens/s")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the preset")
     return parser.parse_intermixed_args()
 
 

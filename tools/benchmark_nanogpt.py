@@ -55,13 +55,22 @@ def megaslm_ms(text: Path, ds_config: str, steps: int, folder: str) -> float:
     return statistics.median(record["ms_per_step"] for record in records[1:])
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True, help="a checkout of nanoGPT with its data prepared")
-    parser.add_argument("--ds_config", nargs="+", default=[str(ROOT / f"ds_configs/zero{n}.json") for n in (0, 2)])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--ds_config",
+        nargs="+",
+        default=[str(ROOT / f"ds_configs/zero{n}.json") for n in (0, 2)],
+        help="engine configs (default: zero0 and zero2 of ds_configs)",
+    )
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each run (default: 200)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     text = (arguments.nanogpt / "data/shakespeare_char/input.txt").resolve()
     if not text.exists():
         raise UserError(f"no {text}: run data/shakespeare_char/prepare.py of the checkout first")
