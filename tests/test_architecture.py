@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "generation": {"parallel", "model", "kernels", "config", "data"},
     "evaluation": {"checkpoint", "generation", "parallel", "model", "kernels", "config", "data"},
     "training": {"evaluation", "checkpoint", "generation", "parallel", "model", "kernels", "config", "data"},
-    "throughput": {"training", "checkpoint", "parallel", "model", "kernels", "config", "data"},
+    "throughput": {"planning", "training", "checkpoint", "parallel", "model", "kernels", "config", "data"},
     "cluster": {"planning", "checkpoint", "parallel", "model", "kernels", "config", "data"},
     "kernels": set(),
 }

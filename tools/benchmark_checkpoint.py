@@ -26,6 +26,7 @@ from megaslm.config import (
     requested_precision,
     resolve_batch,
     resolve_engine_config,
+    with_expected_vocabulary,
 )
 from megaslm.errors import UserError
 
@@ -52,12 +53,8 @@ def build_engine(arguments: argparse.Namespace, ranks):
     from megaslm.model import build_model
     from megaslm.training import MicroBatch, TrainingEngine, preferred_precision
 
-    run = load_run_config(arguments.preset, [*arguments.overrides, f"data.seq_length={SEQ_LENGTH}"])
-    if run.model.vocab_size is None:
-        vocab_size = run.expected_vocab_size
-        if vocab_size is None:
-            raise UserError(f"the preset {run.name} takes its vocabulary from its data: give model.vocab_size=N")
-        run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": vocab_size})})
+    overrides = [*arguments.overrides, f"data.seq_length={SEQ_LENGTH}"]
+    run = with_expected_vocabulary(load_run_config(arguments.preset, overrides))
     run = run.model_copy(
         update={"train": run.train.model_copy(update={"global_batch_size": ranks.world_size, "micro_batch_size": 1})}
     )

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megaslm.commands import run_command
-from megaslm.config import load_run_config
+from megaslm.config import load_run_config, with_expected_vocabulary
 from megaslm.errors import UserError
 from megaslm.reports import check_folder_of, table, write_json
 
@@ -131,11 +131,7 @@ def load_model(arguments: argparse.Namespace, ops) -> tuple[Any, str]:
         source = open_model(arguments.model)
         return source.build(ops=ops), source.path.name
     run = load_run_config(arguments.preset or PRESET, ["model.init_std=0.1", *arguments.overrides])
-    vocab_size = run.model.vocab_size or run.expected_vocab_size
-    if vocab_size is None:
-        raise UserError(f"the preset {run.name} takes its vocabulary from its data: give model.vocab_size=N")
-    config = run.model.model_copy(update={"vocab_size": vocab_size})
-    return build_model(config, seed=0, ops=ops).eval(), run.name
+    return build_model(with_expected_vocabulary(run).model, seed=0, ops=ops).eval(), run.name
 
 
 def equal_share(ours: list[list[int]], theirs: list[list[int]]) -> float:

@@ -5,9 +5,10 @@
     python tools/benchmark_parallel.py --preset megaslm_1.2b --precision bf16 --world_sizes 1 8 --json FILE
     python tools/benchmark_parallel.py --paper                           the tables of docs/scaling.md; measures nothing
 
-All layouts take the same optimizer step as a run would: the same network and global batch, on random tokens. One rank
-under ZeRO-1 is what they are compared with. A round goes through all of them, each with new processes; medians over the
-steps of all rounds, and the spread (half of the range between the quartiles). Printed for each layout:
+All layouts take the same optimizer step as a run would: the same network and global batch, on random tokens. None is
+compiled, where nothing else is given: train.compile=auto would compile all on GPUs but ZeRO-3. One rank under ZeRO-1 is
+what they are compared with. A round goes through all of them, each with new processes; medians over the steps of all
+rounds, and the spread (half of the range between the quartiles). Printed for each layout:
 
     ms          wall time of a step
     CPU ms      processor time of a step, of all ranks together: the figure to look at where ranks share cores. Not on
@@ -31,7 +32,14 @@ from pathlib import Path
 from typing import Any
 
 from megaslm.commands import interrupt_on_termination, run_command
-from megaslm.config import RunConfig, load_engine_config, load_run_config, resolve_batch, resolve_engine_config
+from megaslm.config import (
+    RunConfig,
+    load_engine_config,
+    load_run_config,
+    resolve_batch,
+    resolve_engine_config,
+    with_expected_vocabulary,
+)
 from megaslm.errors import UserError
 from megaslm.reports import check_folder_of, table, write_json
 
@@ -186,11 +194,7 @@ def choose_arrangements(world_sizes: set[int], precision: str, quick: bool) -> l
 
 
 def load(preset: str | None, overrides: list[str]) -> RunConfig:
-    run = load_run_config(preset or PRESET, overrides)
-    vocab_size = run.expected_vocab_size
-    if vocab_size is None:
-        raise UserError(f"the preset {run.name} takes its vocabulary from its data: give model.vocab_size=N")
-    return run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": vocab_size})})
+    return with_expected_vocabulary(load_run_config(preset or PRESET, ["train.compile=false", *overrides]))
 
 
 def check(run: RunConfig, arrangements: list[Arrangement], device: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megaslm.commands import run_command
-from megaslm.config import RunConfig, load_engine_config, load_run_config
+from megaslm.config import RunConfig, load_engine_config, load_run_config, with_expected_vocabulary
 from megaslm.errors import UserError
 from megaslm.reports import check_folder_of, write_json
 
@@ -53,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    run = load(arguments.preset, arguments.overrides)
+    run = with_expected_vocabulary(load_run_config(arguments.preset, arguments.overrides))
     tokens = parse_tokens(arguments.tokens) if arguments.tokens else tokens_of(run)
     from megaslm import planning
 
@@ -80,15 +80,6 @@ def main() -> None:
         write_json(arguments.json, planning.plan_json(plan, arguments.price, command))
 
 
-def load(preset: str, overrides: list[str]) -> RunConfig:
-    """The run with its vocabulary. UserError where only data would tell it."""
-    run = load_run_config(preset, overrides)
-    vocab_size = run.expected_vocab_size
-    if vocab_size is None:
-        raise UserError(f"the preset {run.name} takes its vocabulary from its data: give model.vocab_size=N")
-    return run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": vocab_size})})
-
-
 def parse_tokens(text: str) -> int:
     """100B, 1.5T, 500M, 20K or a plain number, such as 2000000 or 2e6."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?(?:E\+?\d{1,2})?)([KMBT]?)", text.upper())
@@ -100,10 +91,9 @@ def parse_tokens(text: str) -> int:
 
 def tokens_of(run: RunConfig) -> int:
     """The length of the run by its config. UserError where its data alone would tell it."""
-    limits = [run.train.max_steps and run.train.max_steps * run.tokens_per_step, run.train.max_tokens]
-    if not any(limits):
+    if run.token_limit is None:
         raise UserError(f"the preset {run.name} counts in epochs of its data: give --tokens, such as --tokens 100B")
-    return min(limit for limit in limits if limit)
+    return run.token_limit
 
 
 if __name__ == "__main__":

@@ -158,8 +158,8 @@ def launch_in_slurm(hosts: Sequence[str], ranks: int, device: str, port: int, en
     torchrun = (sys.executable, "-m", ELASTIC)
     size = ("--nnodes", str(len(hosts)), "--nproc_per_node", str(ranks))
     address = ("--master_addr", hosts[0], "--master_port", str(port))
-    # Seconds that torchrun, told to end, leaves the ranks for their last checkpoint; 30 before torch 2.12
-    # (pytorch pull request 172596).
+    # Seconds that torchrun, told to end, leaves the ranks for their last checkpoint; before torch 2.12 (pytorch pull
+    # request 172596) always 30, of which elastic.py warns.
     patience = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     environment = environment | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": patience}
     nodes = tuple(Node(host, ranks) for host in hosts)

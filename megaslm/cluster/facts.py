@@ -11,7 +11,7 @@ from typing import Any
 import megaslm
 from megaslm.config import RunConfig
 from megaslm.data import PYTHON_STDLIB, TokenFile
-from megaslm.errors import UserError
+from megaslm.errors import UserError, first_line
 from megaslm.resources import available_memory
 
 ROOT = Path(megaslm.__file__).resolve().parents[1]
@@ -95,7 +95,8 @@ def _folder(name: str) -> str:
 
 
 def device_facts(device: str, local_rank: int) -> dict[str, Any]:
-    """The GPU of this rank: name, bytes, bytes in use, and what torch can do with it; {} for a CPU rank.
+    """The GPU of this rank: its number here, name, bytes, bytes in use, and what torch can do with it; {} for a CPU
+    rank.
 
     "fault" alone where it can't be used.
     """
@@ -115,9 +116,10 @@ def device_facts(device: str, local_rank: int) -> dict[str, Any]:
     try:
         free, total = torch.cuda.mem_get_info(local_rank)
     except RuntimeError as error:
-        return {"fault": f"GPU {local_rank} can't be used: {str(error).splitlines()[0]}"}
+        return {"fault": f"GPU {local_rank} can't be used: {first_line(error)}"}
     properties = torch.cuda.get_device_properties(local_rank)
     return {
+        "index": local_rank,
         "name": properties.name,
         "uuid": str(properties.uuid),
         "architecture": f"sm_{properties.major}{properties.minor}",

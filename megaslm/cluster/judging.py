@@ -80,8 +80,8 @@ def _judge_gpu_memory(hosts: Sequence[str], facts: Sequence[Mapping[str, Any]]) 
     used = [(fact["used"], BUSY_SHARE * fact["bytes"]) for fact in facts]
     level = FAULT if any(used > max(limit, BUSY_BYTES) for used, limit in used) else WARNING
     busy = [
-        f"{_gib(fact['used'])} of GPU {rank} on {host} are in use"
-        for rank, (host, fact) in enumerate(zip(hosts, facts, strict=True))
+        f"{_gib(fact['used'])} of GPU {fact['index']} on {host} are in use"
+        for host, fact in zip(hosts, facts, strict=True)
         if fact["used"] > BUSY_BYTES
     ]
     if not busy:
@@ -148,12 +148,17 @@ def judge_data(nodes: Mapping[str, Mapping[str, Any]]) -> Finding:
     )
 
 
-def judge_storage(checkpoint: int | None, planned: int, free: int, taken: int, where: str) -> Finding:
-    """checkpoint: bytes of one. free, taken: bytes where the run folder is, and of the checkpoints it has already."""
+def judge_storage(
+    checkpoint: int | None, planned: int, free: int, taken: int, where: str, uncounted: Sequence[str] = ()
+) -> Finding:
+    """checkpoint: bytes of one. free, taken: bytes where the run folder is, and of the checkpoints it has already.
+    uncounted: settings that keep more than are planned."""
     if checkpoint is None:
         return Finding(WARNING, "disk", f"{_gb(free)} free; the checkpoints' size is known once there is a vocabulary")
     needed = max(planned * checkpoint - taken, 0)
     plan = f"{planned} checkpoint{'s' if planned > 1 else ''} of {_gb(checkpoint)} planned"
+    if uncounted:
+        plan += f" (without those of {' and '.join(uncounted)})"
     if needed > free:
         text = f"{_gb(free)} free in {where}, and {plan}, for which {_gb(needed)} more are needed"
         return Finding(FAULT, "disk", f"{text}; make room, lower checkpoint.keep_last, or choose another --run_dir")
@@ -173,12 +178,13 @@ def judge_memory(copy: int | None, nodes: Mapping[str, Mapping[str, Any]]) -> Fi
     return Finding(OK, "host memory", f"{_gb(free)} free{f' on {host}, the least' if len(nodes) > 1 else ''}")
 
 
-def judge_bandwidth(name: str, measured: float, expected: float | None) -> Finding:
-    """measured, expected: bus bandwidth in bytes/s (of nccl-tests); expected None: not known for this hardware."""
+def judge_bandwidth(name: str, measured: float, expected: float | None, condition: str = "") -> Finding:
+    """measured, expected: bus bandwidth in bytes/s (of nccl-tests); expected None: not known for this hardware.
+    condition: under which so much is expected, in words."""
     text = f"{measured / 1e9:,.2f} GB/s of bus bandwidth {name}"
     if expected is None:
         return Finding(OK, "all-reduce", text)
-    text += f", of some {expected / 1e9:,.0f} expected"
+    text += f", of some {expected / 1e9:,.0f} expected" + (f" {condition}" if condition else "")
     if measured < WEAK * expected:
         return Finding(WARNING, "all-reduce", f"{text}; NCCL_DEBUG=INFO shows which links NCCL uses")
     return Finding(OK, "all-reduce", text)

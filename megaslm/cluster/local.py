@@ -162,7 +162,8 @@ def run_check(command: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def _end_group(check: subprocess.Popen) -> None:
-    """End `check` and all that it has started here; the launcher itself ends what it started elsewhere."""
+    """End `check` and all that it has started here; the launcher itself ends what it started elsewhere (srun by
+    SIGKILL: there is nothing to save)."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(check.pid, number)

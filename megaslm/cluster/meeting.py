@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 from megaslm.commands import SECONDS_FOR_THE_MESSAGE
-from megaslm.errors import USER_ERROR_EXIT_CODE, UserError
+from megaslm.errors import USER_ERROR_EXIT_CODE, UserError, first_line
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0
@@ -47,11 +47,11 @@ class Meeting:
             )
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f"port {port} can't be opened on {hosts[0]}: take another --master_port ({_first_line(error)})"
+                f"port {port} can't be opened on {hosts[0]}: take another --master_port ({first_line(error)})"
                 if is_master
                 else f"rank {self.rank} on {hosts[self.rank]} can't reach rank 0 at {address}:{port} within "
                 f"{timeout:.0f} s: is {hosts[0]} started, is its name resolved here, is the port open in its firewall? "
-                f"({_first_line(error)})"
+                f"({first_line(error)})"
             ) from error
 
     def to_first(self, name: str, value: Any) -> list[Any] | None:
@@ -84,7 +84,7 @@ class Meeting:
             return json.loads(self.store.get(name))
         except RuntimeError as error:
             raise UserError(
-                f"rank 0 on {self.hosts[0]} is gone or hangs: its own message says why ({_first_line(error)})"
+                f"rank 0 on {self.hosts[0]} is gone or hangs: its own message says why ({first_line(error)})"
             ) from error
 
     def leave(self) -> None:
@@ -129,7 +129,3 @@ class Meeting:
     def _named(self, ranks: Sequence[int]) -> str:
         names = ", ".join(f"{rank} ({self.hosts[rank]})" for rank in ranks)
         return f"rank{'s' if len(ranks) > 1 else ''} {names}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
+WITHIN, ACROSS = "within a node", "across nodes"
+PORTS = "if each GPU has an NDR port"
 BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
 WARM_UP, REPEATS = 3, 10
 
@@ -79,9 +81,9 @@ def check_network(meeting: Meeting, device: str, local_rank: int, gpu: str | Non
     if len(by_host) < meeting.world_size:
         groups = {host: dist.new_group(ranks) for host, ranks in by_host.items()}  # every rank makes all of them
         mine = meeting.hosts[meeting.rank]
-        measured["within a node"] = measure_all_reduce(by_host[mine], where, groups[mine])
+        measured[WITHIN] = measure_all_reduce(by_host[mine], where, groups[mine])
     if len(by_host) > 1:
-        measured["across nodes"] = measure_all_reduce(range(meeting.world_size), where, None)
+        measured[ACROSS] = measure_all_reduce(range(meeting.world_size), where, None)
     all_measured = meeting.to_first("all-reduce", measured)
     dist.destroy_process_group()
     if meeting.rank:
@@ -100,18 +102,21 @@ def judge_network(
         text = f"wrong sums on {', '.join(wrong)}: a GPU or a link there is faulty; leave it out"
         return [Finding(FAULT, "all-reduce", text)]
     slowest = {name: min(one[name][0] for one in measured) for name in measured[0]}
-    return [judge_bandwidth(name, speed, expected.get(name)) for name, speed in slowest.items()]
+    return [
+        judge_bandwidth(name, speed, expected.get(name), PORTS if name == ACROSS else "")
+        for name, speed in slowest.items()
+    ]
 
 
 def expected_bandwidth(gpu: str | None, gpus_per_node: int) -> dict[str, float]:
-    """Bus bandwidth in bytes/s that NCCL gets on sound nodes with this GPU, by where; {} where it is not known.
+    """Bus bandwidth in bytes/s that NCCL gets on sound nodes with this GPU, by where; {} where it is not known: over
+    PCIe it depends on the switches and sockets between the GPUs.
 
     gpu: its name by torch. Across nodes every GPU is taken to have an InfiniBand NDR port of its own.
     """
     from megaslm.planning import GPUS, INFINIBAND
 
-    known = next((one for one in GPUS.values() if gpu in one.torch_names), None)
-    if known is None:
+    known = next((one for one in GPUS.values() if gpu == one.torch_name), None)
+    if known is None or not known.link_name.startswith("NVLink"):
         return {}
-    across = min(known.ring_rate, gpus_per_node * INFINIBAND)
-    return {"within a node": known.ring_rate, "across nodes": across}
+    return {WITHIN: known.ring_rate, ACROSS: min(known.ring_rate, gpus_per_node * INFINIBAND)}

@@ -22,7 +22,7 @@ from megaslm.cluster.judging import (
 )
 from megaslm.cluster.meeting import Meeting
 from megaslm.cluster.network import check_network
-from megaslm.cluster.storage import existing_parent, free_for_run, model_of, planned_checkpoints
+from megaslm.cluster.storage import existing_parent, free_for_run, model_of, uncounted_settings
 from megaslm.config import RunConfig
 
 SEEN_WITHIN_SECONDS = 10.0
@@ -102,14 +102,15 @@ def _judge(
 
 def _judge_room(run: RunConfig, run_dir: Path, hosts: Sequence[str], nodes: dict[str, dict]) -> list[Finding]:
     """On the disk and in the memory of the hosts, for the checkpoints."""
-    from megaslm.planning import checkpoint_bytes, host_copy_bytes
+    from megaslm.planning import checkpoint_bytes, checkpoints_kept, host_copy_bytes
 
     model = model_of(run)
     size = copy = None
     if model is not None:
         size, copy = checkpoint_bytes(model), host_copy_bytes(model, hosts.count(hosts[0]), len(hosts))
     free, taken = free_for_run(run_dir)
-    disk = judge_storage(size, planned_checkpoints(run), free, taken, str(run_dir))
+    planned = checkpoints_kept(run, run.step_limit)
+    disk = judge_storage(size, planned, free, taken, str(run_dir), uncounted_settings(run))
     return [disk, judge_memory(copy if run.checkpoint.background else None, nodes)]
 
 

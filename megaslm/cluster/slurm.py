@@ -42,17 +42,42 @@ def train_in_job(command: Sequence[str], environment: Mapping[str, str], run_dir
         signal.signal(number, lambda number, _: told.append(number))
     before = _names(run_dir)
     step = subprocess.Popen(command, env=environment)
-    passed_on = False
+    passed_on = None
     while step.poll() is None:
-        if signal.SIGUSR1 in told and not passed_on:
-            step.terminate()  # once: torchrun takes a second one for the wish not to wait for its ranks
-            passed_on = True
+        if signal.SIGUSR1 in told and passed_on is None:
+            passed_on = _end_step()  # once: torchrun takes a second SIGTERM for the wish not to wait for its ranks
         time.sleep(POLL_SECONDS)
     code = step.returncode if step.returncode >= 0 else 128 - step.returncode
     # Told to end, torchrun leaves with a code of its own; 0 is a run that had come to its end before it heard of it.
-    if set(told) == {signal.SIGUSR1} and code != 0:
+    if passed_on and set(told) == {signal.SIGUSR1} and code != 0:
         print(f"slurm.sbatch: stopped ahead of the job's limit; {_queue_again(run_dir, before)}", flush=True)
     return code
+
+
+def _end_step() -> bool:
+    """Send SIGTERM to the tasks of the job's step, which are torchrun, and so to the ranks; whether that was done.
+
+    Not to srun, which passes a SIGTERM on as SIGKILL (src/srun/libsrun/srun_job.c, _srun_signal_mgr). scancel leaves
+    the batch shell out, which is this process, unless it is given --batch or --full; of the job's steps the training is
+    the only one, the checks having ended.
+    """
+    failure = _failure(["scancel", "--signal=TERM", os.environ["SLURM_JOB_ID"]])
+    if failure:
+        text = "it may end at its limit without a last checkpoint, and is not queued again"
+        print(f"slurm.sbatch: the ranks can't be told of the job's limit: {failure}; {text}", flush=True)
+    return failure is None
+
+
+def _failure(command: Sequence[str]) -> str | None:
+    """Run a command of Slurm's; what went wrong, or None."""
+    name = " ".join(command)
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        return f"{name} can't be started: {error.strerror}"
+    if ended.returncode:
+        return f"{name} failed: {ended.stderr.strip() or f'exit code {ended.returncode}'}"
+    return None
 
 
 def _names(run_dir: Path) -> set[str]:
@@ -67,10 +92,5 @@ def _queue_again(run_dir: Path, before: set[str]) -> str:
     job = os.environ["SLURM_JOB_ID"]
     if all(checkpoint.name in before for checkpoint in list_checkpoints(run_dir / "checkpoints")):
         return f"job {job} is not queued again, since it has saved nothing new: submit it with a longer --time"
-    try:
-        ended = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-    except OSError as error:
-        return f"scontrol requeue {job} can't be started: {error.strerror}; submit the job again"
-    if ended.returncode:
-        return f"scontrol requeue {job} failed: {ended.stderr.strip() or ended.returncode}; submit the job again"
-    return f"job {job} is queued again"
+    failure = _failure(["scontrol", "requeue", job])
+    return f"{failure}; submit the job again" if failure else f"job {job} is queued again"

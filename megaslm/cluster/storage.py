@@ -1,10 +1,11 @@
-"""How much a run will put on the disk, and what is free there. (How large one checkpoint is: megaslm.planning.)"""
+"""What a run will put on the disk, and what is free there. (How large a checkpoint is, and how many are kept:
+megaslm.planning.)"""
 
 import os
 import shutil
 from pathlib import Path
 
-from megaslm.config import ModelConfig, RunConfig
+from megaslm.config import ModelConfig, RunConfig, with_expected_vocabulary
 from megaslm.data import vocab_size_of
 
 
@@ -13,29 +14,22 @@ def model_of(run: RunConfig) -> ModelConfig | None:
 
     Raises UserError: the first token file can't be read.
     """
-    vocab_size = run.expected_vocab_size
-    if vocab_size is None and run.data.train:
-        vocab_size = vocab_size_of(run.data.train[0].prefix)
-    return None if vocab_size is None else run.model.model_copy(update={"vocab_size": vocab_size})
+    if run.expected_vocab_size is not None:
+        return with_expected_vocabulary(run).model
+    if not run.data.train:
+        return None
+    return run.model.model_copy(update={"vocab_size": vocab_size_of(run.data.train[0].prefix)})
 
 
-def planned_checkpoints(run: RunConfig) -> int:
-    """Checkpoints that lie on the disk at most, the one that is being written included.
-
-    Where epochs alone say how long the run is, those that checkpoint.keep_every keeps for good are not counted.
-    """
-    config, train = run.checkpoint, run.train
-    limits = [train.max_steps] if train.max_steps else []
-    if train.max_tokens:
-        limits.append(-(-train.max_tokens // run.tokens_per_step))
-    steps = min(limits, default=None)
-    kept = config.keep_last + (1 if config.keep_best else 0)
-    if steps is not None and config.keep_every:
-        kept += steps // config.keep_every
-    saves = kept + 1
-    if steps is not None:
-        saves = 1 + (steps // config.interval if config.interval else 0) + (1 if config.keep_best else 0)
-    return min(kept + 1, saves)
+def uncounted_settings(run: RunConfig) -> list[str]:
+    """Settings whose checkpoints `megaslm.planning.checkpoints_kept` does not count: how many those are, an epoch's
+    length decides, which the data tells."""
+    policy = run.checkpoint
+    settings = {
+        "checkpoint.keep_every": policy.keep_every and run.step_limit is None,
+        "checkpoint.every_epoch": policy.every_epoch,
+    }
+    return [name for name, applies in settings.items() if applies]
 
 
 def existing_parent(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """Configuration of a run (what to train) and of the engine (how to train it). Imports neither torch nor deepspeed."""
 
+from megaslm.config.bounds import compiles, cuda_graphs_problem, float8_problem
 from megaslm.config.engine import (
     check_tensor_parallel,
     default_engine_config,
@@ -7,6 +8,7 @@ from megaslm.config.engine import (
     offloads_optimizer,
     requested_precision,
     resolve_engine_config,
+    resolved_precision,
     zero_stage,
 )
 from megaslm.config.load import (
@@ -18,6 +20,7 @@ from megaslm.config.load import (
     resolve_batch,
     save_run_config,
     to_json,
+    with_expected_vocabulary,
 )
 from megaslm.config.manual import describe_fields, manual_sections
 from megaslm.config.schema import (
@@ -52,19 +55,24 @@ __all__ = [
     "TrainConfig",
     "UNNAMED_SET",
     "check_tensor_parallel",
+    "compiles",
+    "cuda_graphs_problem",
     "default_engine_config",
     "describe_fields",
+    "float8_problem",
     "list_presets",
     "load_engine_config",
     "load_run_config",
     "manual_sections",
-    "read_json_object",
     "offloads_optimizer",
+    "read_json_object",
     "recorded_run_config",
     "requested_precision",
     "resolve_batch",
     "resolve_engine_config",
+    "resolved_precision",
     "save_run_config",
     "to_json",
+    "with_expected_vocabulary",
     "zero_stage",
 ]

@@ -172,6 +172,11 @@ def resolve_engine_config(
     return engine
 
 
+def resolved_precision(engine: dict[str, Any]) -> Precision:
+    """The precision of an engine config that `resolve_engine_config` returned."""
+    return next((half for half in _HALF if engine[half]["enabled"]), "fp32")
+
+
 def check_tensor_parallel(raw: dict[str, Any], size: int) -> None:
     """Raises UserError where an engine config has what does not go with `size` tensor-parallel ranks."""
     zero = raw.get("zero_optimization", {})

@@ -137,6 +137,17 @@ def recorded_run_config(values: dict[str, Any], source: str) -> RunConfig:
         raise UserError(listing(f"Run configuration of {source}", mistakes)) from error
 
 
+def with_expected_vocabulary(run: RunConfig) -> RunConfig:
+    """The run with the vocabulary that its configuration tells (`RunConfig.expected_vocab_size`).
+
+    Raises UserError where only its data would tell it.
+    """
+    vocab_size = run.expected_vocab_size
+    if vocab_size is None:
+        raise UserError(f"the preset {run.name} takes its vocabulary from its data: give model.vocab_size=N")
+    return run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": vocab_size})})
+
+
 def list_presets() -> dict[str, str]:
     """Name -> one-line description of every preset, in the order of the names."""
     return {name: _parse_json(text, name)["description"] for name, text in sorted(_presets().items())}

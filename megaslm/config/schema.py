@@ -452,6 +452,18 @@ class RunConfig(Section):
         return self.train.global_batch_size * self.seq_length
 
     @property
+    def token_limit(self) -> int | None:
+        """Tokens after which train.max_steps or train.max_tokens ends the run; None where train.max_epochs alone does,
+        whose length the data tells."""
+        limits = [self.train.max_steps and self.train.max_steps * self.tokens_per_step, self.train.max_tokens]
+        return min((limit for limit in limits if limit), default=None)
+
+    @property
+    def step_limit(self) -> int | None:
+        """`token_limit` in optimizer steps."""
+        return None if self.token_limit is None else math.ceil(self.token_limit / self.tokens_per_step)
+
+    @property
     def expected_vocab_size(self) -> int | None:
         """Vocabulary as far as the configuration tells before there is a tokenizer: what a preset's parameter count
         is stated with. None when only the tokenizer knows (an existing one, or one over the input's characters)."""

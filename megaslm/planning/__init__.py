@@ -6,6 +6,7 @@ from megaslm.planning.memory import (
     MemoryEstimate,
     Parts,
     checkpoint_bytes,
+    checkpoints_kept,
     export_bytes,
     host_copy_bytes,
     memory_estimate,
@@ -22,6 +23,15 @@ from megaslm.planning.plan import (
     run_command_of,
 )
 from megaslm.planning.report import plan_json, plan_lines
+from megaslm.planning.results import (
+    RESULT_FORMAT,
+    Environment,
+    LeftOut,
+    Report,
+    Result,
+    read_report,
+    read_reports,
+)
 from megaslm.planning.scaling import INFINIBAND, Estimate, estimate, estimate_layout, paper_tables, recommend
 from megaslm.planning.speed import Speed, find_speed
 
@@ -30,17 +40,23 @@ __all__ = [
     "OFFLOAD_FILE",
     "Choice",
     "Cluster",
+    "Environment",
     "Estimate",
     "GPU",
     "GPUS",
     "INFINIBAND",
+    "LeftOut",
     "MemoryEstimate",
     "Parts",
     "Plan",
+    "RESULT_FORMAT",
+    "Report",
     "Request",
+    "Result",
     "Speed",
     "THIS_MACHINE",
     "checkpoint_bytes",
+    "checkpoints_kept",
     "engine_layout",
     "estimate",
     "estimate_layout",
@@ -53,6 +69,8 @@ __all__ = [
     "paper_tables",
     "plan_json",
     "plan_lines",
+    "read_report",
+    "read_reports",
     "recommend",
     "run_command_of",
     "state_bytes",

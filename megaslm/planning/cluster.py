@@ -19,7 +19,7 @@ class Cluster:
 
     @property
     def is_of_gpus(self) -> bool:
-        return bool(self.gpu.torch_names)
+        return self.gpu.torch_name is not None
 
     @property
     def gpus(self) -> int:
@@ -37,4 +37,4 @@ def find_gpu(name: str) -> GPU:
 def this_machine(ranks: int) -> GPU:
     """A CPU rank of this machine, of so many that share its memory: no peak and no link is known of it."""
     share = available_memory() / ranks
-    return GPU(f"CPU rank of {ranks}", (), share, share, 0.0, "memory")
+    return GPU(f"CPU rank of {ranks}", None, share, 0.0, "memory")

@@ -38,7 +38,7 @@ from dataclasses import astuple, dataclass
 
 from megaslm_kernels.linear_cross_entropy import REFERENCE_CHUNK_BYTES, chunk_limit, chunk_rows
 
-from megaslm.config import ModelConfig
+from megaslm.config import ModelConfig, RunConfig
 from megaslm.model import count_parameters
 from megaslm.parallel import BYTES, GPU, Layout, rank_parameters
 from megaslm.planning.activations import (
@@ -57,8 +57,8 @@ SUBGROUP = 1_000_000_000
 """Elements that stage 3 updates together (`sub_group_size`, whose default is this)."""
 
 
-MARGIN = 0.05
-"""Of an estimate: it fits where it still would if it were so much larger."""
+MARGIN = 0.10
+"""Of an estimate: it fits where it still would if it were so much larger. The accuracy that the estimate promises."""
 
 
 def fits(estimate: float, gpu: GPU) -> bool:
@@ -355,6 +355,22 @@ class _Rank:
 def checkpoint_bytes(config: ModelConfig) -> int:
     """A checkpoint on disk: every weight and both moments in fp32, whatever the layout; the headers are left out."""
     return 12 * sum(rank_parameters(config))
+
+
+def checkpoints_kept(run: RunConfig, steps: int | None) -> int:
+    """Checkpoints of a run of so many steps on disk at the same time, at most: the last ones, those kept for good, the
+    best one, and one that is being written.
+
+    steps: None: not known; then those that checkpoint.keep_every keeps for good are not counted. Those of
+        checkpoint.every_epoch never are: the data tells how many they are.
+    """
+    policy = run.checkpoint
+    if steps is None:
+        return policy.keep_last + 1 + policy.keep_best
+    saved = [*range(policy.interval, steps, policy.interval), steps] if policy.interval else [steps]
+    for_good = [step for step in saved if policy.keep_every and step % policy.keep_every == 0]
+    kept = len({*saved[-policy.keep_last :], *for_good}) + 1
+    return min(kept, len(saved)) + policy.keep_best
 
 
 def export_bytes(config: ModelConfig) -> int:

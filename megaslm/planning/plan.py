@@ -12,6 +12,8 @@ from typing import Any
 from megaslm.config import (
     RunConfig,
     check_tensor_parallel,
+    cuda_graphs_problem,
+    float8_problem,
     requested_precision,
     zero_stage,
 )
@@ -22,6 +24,7 @@ from megaslm.planning.cluster import Cluster
 from megaslm.planning.memory import (
     MemoryEstimate,
     checkpoint_bytes,
+    checkpoints_kept,
     export_bytes,
     fits,
     host_copy_bytes,
@@ -103,12 +106,8 @@ class Plan:
 
     @property
     def checkpoints_kept(self) -> int:
-        """At most at the same time: the last ones, those kept for good, the best one, and one that is being written."""
-        policy, steps = self.run.checkpoint, self.steps
-        saved = [*range(policy.interval, steps, policy.interval), steps] if policy.interval else [steps]
-        for_good = [step for step in saved if policy.keep_every and step % policy.keep_every == 0]
-        kept = len({*saved[-policy.keep_last :], *for_good}) + 1
-        return min(kept, len(saved)) + policy.keep_best
+        """At the same time, at most."""
+        return checkpoints_kept(self.run, self.steps)
 
     def cost(self, price: float) -> float:
         """Of the whole run at `price` for a GPU and hour. The speed must be known."""
@@ -150,30 +149,30 @@ def _first_that_fits(choices: Iterable[Choice], cluster: Cluster) -> Choice | No
 
 
 def _within_bounds(request: Request) -> Request:
-    """Without what a run would refuse: the bounds of train.float8 and train.cuda_graphs (megaslm/training)."""
-    train, engines, gpu = request.run.train, request.engines, request.cluster.gpu
-    size, precision = request.run.parallel.tensor_parallel_size, request.precision
-    asked = [f"train.float8={train.float8}"] if train.float8 != "off" else []
-    asked += ["train.cuda_graphs=true"] if train.cuda_graphs else []
-    if not asked:
+    """Without the engine configs under which a run would refuse train.cuda_graphs. UserError: there is no other."""
+    if not request.run.train.cuda_graphs:
         return request
-    problem = None
-    if not request.cluster.is_of_gpus:
-        problem = "needs a GPU"
-    elif train.float8 != "off" and not gpu.has_float8:
-        problem = f"needs a GPU with float8 matrix products (sm_89 or later), which the {gpu.title} is not"
-    elif precision != "bf16":
-        problem = f"is made for bf16, and this run is in {precision}"
-    elif size > 1:
-        problem = f"does not go with parallel.tensor_parallel_size={size}"
-    elif train.cuda_graphs and request.run.data.mask_documents:
-        problem = "does not go with data.mask_documents"
-    if train.cuda_graphs and problem is None:
-        engines = {name: engine for name, engine in engines.items() if zero_stage(engine) == 1}
-        problem = None if engines else "goes with ZeRO-1 alone"
-    if problem:
-        raise UserError(f"{' and '.join(asked)} {problem}; leave it out, or change the other")
+    problems = {
+        name: cuda_graphs_problem(request.run, request.precision, engine, request.cluster.is_of_gpus)
+        for name, engine in request.engines.items()
+    }
+    engines = {name: engine for name, engine in request.engines.items() if problems[name] is None}
+    if not engines:
+        raise UserError(next(iter(problems.values())))
     return dataclasses.replace(request, engines=engines)
+
+
+def _micro_batches(request: Request, share: int) -> list[int]:
+    """Sizes that divide a rank's share of the batch, from the largest on, and that train.float8 can multiply.
+    UserError: it can none of them."""
+    sizes = [n for n in range(share, 0, -1) if share % n == 0]
+    run, gpu = request.run, request.cluster.gpu
+    if run.train.float8 == "off":
+        return sizes
+    problems = [float8_problem(run, request.precision, f"the {gpu.title}", gpu.has_float8, n) for n in sizes]
+    if all(problems):
+        raise UserError(problems[0])
+    return [n for n, problem in zip(sizes, problems, strict=True) if problem is None]
 
 
 def _helps(request: Request, offload: dict[str, Any] | None) -> Iterator[tuple[str, Choice]]:
@@ -259,8 +258,7 @@ def _candidates(request: Request) -> Iterator[Choice]:
     for size, (name, engine) in itertools.product(_tensor_parallel_sizes(request), request.engines.items()):
         check_tensor_parallel(engine, size)
         share = request.run.train.global_batch_size * size // request.cluster.gpus
-        micro_batches = [n for n in range(share, 0, -1) if share % n == 0]
-        for recompute, micro in itertools.product(request.recompute, micro_batches):
+        for recompute, micro in itertools.product(request.recompute, _micro_batches(request, share)):
             yield _choice(request, name, engine, size, micro, recompute)
 
 

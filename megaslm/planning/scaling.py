@@ -7,7 +7,7 @@ the tables, and says what they are good for.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from megaslm.config import RunConfig, load_run_config, resolve_batch
+from megaslm.config import RunConfig, load_run_config, resolve_batch, with_expected_vocabulary
 from megaslm.errors import UserError
 from megaslm.model import count_parameters, flops_per_token
 from megaslm.parallel import Collective, Layout, check_sizes, step_collectives, wire_bytes
@@ -150,7 +150,7 @@ def _pays(run: RunConfig, nodes: int) -> bool:
 
 def paper_tables() -> Iterator[str]:
     """Lines of the Markdown tables of docs/scaling.md, which says what the columns are."""
-    runs = [_load(preset) for preset in PRESETS]
+    runs = [with_expected_vocabulary(load_run_config(preset)) for preset in PRESETS]
     yield from _markdown(VOLUMES, [_volumes(run) for run in runs])
     for preset, run in zip(PRESETS, runs, strict=True):
         flops = flops_per_token(run.model, run.seq_length)
@@ -162,11 +162,6 @@ def paper_tables() -> Iterator[str]:
         )
         yield ""
         yield from _markdown(TIMES, [_times(run, nodes) for nodes in NODES])
-
-
-def _load(preset: str) -> RunConfig:
-    run = load_run_config(preset)
-    return run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": run.expected_vocab_size})})
 
 
 def _markdown(header: tuple[str, ...], rows: list[list[str]]) -> Iterator[str]:

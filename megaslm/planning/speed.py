@@ -1,21 +1,17 @@
 """How fast a GPU computes: measured on the same model, estimated from measurements of others, or assumed."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
-
-from megaslm.config import RunConfig
+from megaslm.config import RunConfig, compiles
 from megaslm.errors import UserError
 from megaslm.model import count_parameters
 from megaslm.parallel import GPU, Layout
+from megaslm.planning.results import Result, read_reports
 from megaslm.planning.scaling import RECOMPUTATION, UTILIZATION
 
-FORMAT = 1
-PATTERN = "throughput_*.json"
 # What of a model has no part in its speed.
 _NOT_OF_SPEED = {"init_std", "norm_eps", "rope_theta", "rope_scaling", "rope_scaling_factor", "rope_original_context"}
 FLOAT8_GAIN = 2
@@ -34,37 +30,6 @@ class Speed:
     has_communication: bool = False
 
 
-class _Result(BaseModel):
-    """What is read of a result of tools/benchmark_throughput.py."""
-
-    preset: str
-    case: str
-    compiled: str
-    model: dict[str, Any]
-    parameters: int = Field(gt=0)
-    seq_length: int
-    world_size: int = Field(gt=0)
-    zero_stage: int | None
-    tensor_parallel_size: int
-    activation_checkpointing: bool
-    float8: str = "off"
-    cuda_graphs: bool = False
-    attention: str = "auto"
-    precision: str
-    kernels: str
-    tflops: float = Field(gt=0, allow_inf_nan=False)
-
-
-class _Environment(BaseModel):
-    device: str
-
-
-class _Report(BaseModel):
-    format: int
-    environment: _Environment
-    results: list[_Result]
-
-
 def find_speed(run: RunConfig, layout: Layout, kernels: str, gpu: GPU, folder: Path | None) -> Speed:
     """The speed of `run`, whose vocabulary is known, in that layout on GPUs of a known peak, by the results in
     folder/throughput_*.json (tools/benchmark_throughput.py).
@@ -78,15 +43,15 @@ def find_speed(run: RunConfig, layout: Layout, kernels: str, gpu: GPU, folder: P
     found = _results(run, layout, gpu, folder) if folder is not None else []
     gpus = layout.data_parallel_size * layout.tensor_parallel_size
 
-    def utilization(one: _Result) -> float:
+    def utilization(one: Result) -> float:
         work = RECOMPUTATION if one.activation_checkpointing else 1.0
         return one.tflops * 1e12 / gpu.peak(layout.precision) * work
 
-    def is_of_layout(one: _Result) -> bool:
+    def is_of_layout(one: Result) -> bool:
         mine = gpus, layout.zero_stage, layout.tensor_parallel_size
         return gpus > 1 and (one.world_size, one.zero_stage, one.tensor_parallel_size) == mine
 
-    def rank(one: _Result) -> tuple[bool, int, float]:
+    def rank(one: Result) -> tuple[bool, int, float]:
         return is_of_layout(one), -one.world_size, utilization(one)
 
     same = [(one, file) for one, file in found if _computes_the_same(one, run, layout, kernels)]
@@ -94,7 +59,7 @@ def find_speed(run: RunConfig, layout: Layout, kernels: str, gpu: GPU, folder: P
         one, file = max(same, key=lambda pair: rank(pair[0]))
         source = f"{one.preset} on {one.world_size} x {gpu.title}, {file}"
         return Speed(utilization(one), "measured", source, is_of_layout(one))
-    by_size: dict[int, _Result] = {}
+    by_size: dict[int, Result] = {}
     for one, _ in found:
         by_size[one.parameters] = max(by_size.get(one.parameters, one), one, key=rank)
     if not by_size:
@@ -109,12 +74,11 @@ def find_speed(run: RunConfig, layout: Layout, kernels: str, gpu: GPU, folder: P
     return Speed(value, "estimated", f"{names} on {gpu.title}")
 
 
-def _results(run: RunConfig, layout: Layout, gpu: GPU, folder: Path) -> list[tuple[_Result, str]]:
+def _results(run: RunConfig, layout: Layout, gpu: GPU, folder: Path) -> list[tuple[Result, str]]:
     """Results of this project's engine on that kind of GPU in the arithmetic of the plan, and their files."""
     found = []
-    for path in sorted(folder.glob(PATTERN)):
-        report = _read(path)
-        if report.environment.device not in gpu.torch_names:
+    for path, report in read_reports(folder).items():
+        if report.environment.device != gpu.torch_name:
             continue
         for one in report.results:
             peak = gpu.peak(one.precision)
@@ -128,31 +92,17 @@ def _results(run: RunConfig, layout: Layout, gpu: GPU, folder: Path) -> list[tup
     return found
 
 
-def _read(path: Path) -> _Report:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        report = _Report.model_validate(content)
-    except (OSError, ValueError) as error:  # a ValidationError is one
-        what = "it is not of tools/benchmark_throughput.py" if isinstance(error, ValidationError) else str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            what += f" ({'.'.join(map(str, first['loc'])) or 'content'}: {first['msg']})"
-        raise UserError(f"{path} cannot be read: {what}; take it away, or write it anew") from None
-    if report.format != FORMAT:
-        raise UserError(f"{path} has format {report.format}, and this megaslm reads {FORMAT}: measure anew")
-    return report
-
-
-def _computes_the_same(one: _Result, run: RunConfig, layout: Layout, kernels: str) -> bool:
+def _computes_the_same(one: Result, run: RunConfig, layout: Layout, kernels: str) -> bool:
     train = run.train
-    compiles = layout.zero_stage < 3 if train.compile == "auto" else train.compile
     wanted = (
         _shape(run.model.model_dump(mode="json")), run.seq_length, kernels, train.attention, train.cuda_graphs,
-        layout.tensor_parallel_size, layout.activation_checkpointing, compiles,
+        layout.tensor_parallel_size, layout.activation_checkpointing,
+        compiles(train.compile, on_gpu=True, stage=layout.zero_stage),
     )  # fmt: skip
     return wanted == (
         _shape(one.model), one.seq_length, one.kernels, one.attention, one.cuda_graphs,
-        one.tensor_parallel_size, one.activation_checkpointing, one.compiled != "off",
+        one.tensor_parallel_size, one.activation_checkpointing,
+        one.compiled == "every block",  # as training says it, and not what could not be compiled
     )  # fmt: skip
 
 

@@ -5,18 +5,14 @@ from megaslm.throughput.case import Case
 from megaslm.throughput.peers import PEERS
 from megaslm.throughput.plot import draw_results
 from megaslm.throughput.ranks import start_ranks
-from megaslm.throughput.results import LeftOut, Report, Result, read_report, result_lines, write_report, write_results
+from megaslm.throughput.results import result_lines, write_report, write_results
 
 __all__ = [
     "MAX_ACCUMULATION",
     "PEERS",
     "Case",
-    "LeftOut",
     "Progress",
-    "Report",
-    "Result",
     "draw_results",
-    "read_report",
     "result_lines",
     "run_benchmark",
     "start_ranks",

@@ -20,12 +20,12 @@ from megaslm.config import zero_stage
 from megaslm.errors import UserError
 from megaslm.model import flops_per_token
 from megaslm.parallel import uses_gpus
+from megaslm.planning import LeftOut, Result
 from megaslm.throughput.case import Case, divisors, names_data
 from megaslm.throughput.examine import examine
 from megaslm.throughput.fitting import largest_micro_batch
 from megaslm.throughput.measure import PROFILED_STEPS, Measurement, measure, probe, probed
 from megaslm.throughput.ranks import start_ranks
-from megaslm.throughput.results import LeftOut, Result
 from megaslm.throughput.tokens import write_tokens
 
 MAX_ACCUMULATION = 8
@@ -288,7 +288,7 @@ def phases_of(rounds: list[Measurement], ms_per_step: float) -> dict[str, float 
     passes = ("forward", "backward", "optimizer")
     busy = {phase: 1e3 * statistics.median(found.busy.get(phase, 0.0) for found in rounds) for phase in passes}
     total, most = sum(busy.values()), ms_per_step - shares["data"]
-    if total > most + NO_GAP * ms_per_step:
+    if not 0 < total <= most + NO_GAP * ms_per_step:
         return shares | {"gap": None}
     scale = min(1.0, most / total)
     busy = {phase: scale * milliseconds for phase, milliseconds in busy.items()}

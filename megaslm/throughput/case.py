@@ -13,6 +13,7 @@ from megaslm.config import (
     load_engine_config,
     load_run_config,
     resolve_batch,
+    with_expected_vocabulary,
 )
 from megaslm.errors import UserError
 from megaslm.parallel import check_sizes
@@ -61,10 +62,9 @@ class Case:
         if self.token_file is not None:
             train_on = [DatasetConfig(prefix=self.token_file)]
             own = {"input": [], "train": train_on, "validation": [], "split": "90,10"}
-            model = {"vocab_size": run.expected_vocab_size}
             changes |= {
                 "data": run.data.model_copy(update=own),
-                "model": run.model.model_copy(update=model),
+                "model": with_expected_vocabulary(run).model,
                 "tokenizer": TokenizerConfig(),
                 "eval": run.eval.model_copy(update={"sample_prompt": ""}),
             }
@@ -94,12 +94,10 @@ class Case:
     def check(self) -> None:
         """Raise UserError for what the configs alone show to be wrong; `examine` asks the machine."""
         run = self.run_config()
-        vocab_size = run.expected_vocab_size
-        if vocab_size is None:
-            if not names_data(run):
-                raise UserError(f"the preset {run.name} takes its vocabulary from its data: give model.vocab_size=N")
-            vocab_size = 128  # known once the data is open; any will do to look at the rest
-        run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": vocab_size})})
+        if run.expected_vocab_size is None and names_data(run):
+            # Known once the data is open; any will do to look at the rest.
+            run = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": 128})})
+        run = with_expected_vocabulary(run)
         size = run.parallel.tensor_parallel_size
         if self.world_size % size:
             raise UserError(f"parallel.tensor_parallel_size={size} does not divide --world_size {self.world_size}")

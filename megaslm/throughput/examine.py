@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megaslm.config import RunConfig, requested_precision, zero_stage
+from megaslm.config import RunConfig, compiles, requested_precision, zero_stage
 from megaslm.errors import first_line
 from megaslm.parallel import Ranks, available_cores, host, init_distributed
 from megaslm.throughput.case import Case
@@ -22,7 +22,6 @@ from megaslm.training import (
     check_precision,
     choose_attention,
     choose_kernels,
-    compiles,
     environment,
     preferred_precision,
     prepare_data,
@@ -86,10 +85,10 @@ def resolved(case: Case, run: RunConfig, ranks: Ranks) -> Case:
     else:
         if run.train.float8 != "off":
             check_float8(run, precision, device, case.batch(run).micro_batch_size)
-        if run.train.cuda_graphs and device.type != "cuda":
-            check_cuda_graphs(run, engine, None, device)
+        if run.train.cuda_graphs:
+            check_cuda_graphs(run, precision, engine, device)
     stage = zero_stage(engine) if case.kind == "megaslm" else 0
-    return replace(case, precision=precision, compiled=compiles(run.train.compile, device, stage))
+    return replace(case, precision=precision, compiled=compiles(run.train.compile, device.type == "cuda", stage))
 
 
 class CompilerTrial:

@@ -135,8 +135,8 @@ def _together(ranks: Ranks) -> None:
 
 
 def _profile(stepper: Stepper, batches: StepBatches, lr: float, ranks: Ranks) -> dict[str, float] | None:
-    """Seconds by phase that the GPU of rank 0 worked in a step, as `busy_seconds`. The other ranks take the same step,
-    of which nothing is kept. Collective."""
+    """Seconds by phase that the GPU of rank 0 worked in a step, the mean of those profiled; None as `busy_seconds`. The
+    other ranks take the same steps, of which nothing is kept. Collective."""
     if not ranks.is_first:
         _together(ranks)
         take_steps(stepper, batches, lr, PROFILED_STEPS, NO_CLOCK)
@@ -149,4 +149,5 @@ def _profile(stepper: Stepper, batches: StepBatches, lr: float, ranks: Ranks) ->
         take_steps(stepper, batches, lr, PROFILED_STEPS, clock)
         _together(ranks)
         clock.leave()
-    return busy_seconds(events_of(profiler))
+    busy = busy_seconds(events_of(profiler))
+    return None if busy is None else {phase: seconds / PROFILED_STEPS for phase, seconds in busy.items()}

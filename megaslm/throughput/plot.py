@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megaslm.errors import UserError
-from megaslm.throughput.results import Result, by_preset, case_name
+from megaslm.planning import Result
+from megaslm.throughput.results import by_preset, case_name
 
 CASE_COLOURS = {"megaslm": "#d62728", "hf": "#1f77b4", "ddp": "#7f7f7f"}
 PHASE_COLOURS = {"data": "#9467bd", "forward": "#4c9be8", "backward": "#1f5fa8", "optimizer": "#2ca02c"}

@@ -1,6 +1,5 @@
 """What a benchmark of training steps found: a table on the terminal, RESULTS.md from all files of a folder."""
 
-import json
 import math
 import re
 import shlex
@@ -8,13 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from megaslm.errors import UserError
+from megaslm.planning import RESULT_FORMAT, Environment, LeftOut, Report, Result, read_reports
 from megaslm.reports import table, write_json
 
-FORMAT = 1
-PATTERN = "throughput_*.json"
 RESULTS = "RESULTS.md"
 CASE_NAMES = {"megaslm": "megaslm", "hf": "transformers", "ddp": "DDP"}
 # Relative difference from megaslm's loss at the first step, up to which a case computes the same. It starts from the
@@ -26,114 +22,6 @@ FORWARD_NOTE = [
     "  that of DDP too, computes its gradient in forward",
 ]
 GPU_PRESETS = "megaslm_125m megaslm_350m megaslm_1.2b megaslm_3b"
-
-
-class Result(BaseModel):
-    """The figures of one case, medians over the rounds.
-
-    Attributes:
-        case: a key of CASE_NAMES.
-        compiled: "off", what torch.compile took, or why it fell back.
-        parameters: without the padding of the vocabulary.
-        zero_stage: None for a peer, which has no engine; nor has it float8 and CUDA graphs.
-        ms_per_step: its spread is half of the range between the quartiles of the steps of all rounds.
-        global_batch_size: of the steps measured; `run_global_batch_size` that of the run, which may be larger.
-    phases_ms: of a step, adding up to ms_per_step. On a GPU "gap" is None where it is not known how long it was busy:
-        the others are then wall times.
-        tflops: of one device, model FLOPs by full attention, in 10^12 a second; `tflops_causal` by causal attention.
-        mfu: `tflops` over the device's peak; None where that is not known.
-        matmul_tflops: of large square products in the same run, by one device; `of_matmul_rate` is `tflops` over it.
-        memory_bytes: peak of a rank: allocated on a GPU (`memory_reserved_bytes`: reserved), else resident.
-        first_loss: mean of the first step that was taken, nats; `last_loss` of the last.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    preset: str
-    case: str
-    compiled: str
-    model: dict[str, Any]
-    parameters: int
-    seq_length: int
-    global_batch_size: int
-    run_global_batch_size: int | None = None
-    micro_batch_size: int
-    accumulation_steps: int
-    world_size: int
-    zero_stage: int | None
-    tensor_parallel_size: int
-    activation_checkpointing: bool
-    float8: str = "off"
-    cuda_graphs: bool = False
-    attention: str = "auto"
-    precision: str
-    kernels: str
-    steps: int
-    rounds: int
-    ms_per_step: float
-    spread_ms: float
-    tokens_per_s: float
-    tokens_per_s_per_device: float
-    phases_ms: dict[str, float | None]
-    tflops: float
-    tflops_causal: float
-    mfu: float | None
-    mfu_causal: float | None
-    matmul_tflops: float
-    of_matmul_rate: float
-    memory_bytes: int
-    memory_reserved_bytes: int | None = None
-    first_loss: float
-    last_loss: float
-
-    @property
-    def is_of_gpu(self) -> bool:
-        return self.memory_reserved_bytes is not None
-
-
-class LeftOut(BaseModel):
-    """A case that failed.
-
-    Attributes:
-        case: as in a `Result`. compiled: whether it was to be compiled; None: as the run says, which is not known.
-        rounds: that it had gone through; their figures are in its `Result`.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    preset: str
-    case: str
-    compiled: bool | None
-    rounds: int
-    reason: str
-
-    def __str__(self) -> str:
-        name = f"{CASE_NAMES.get(self.case, self.case)}{', compiled' if self.compiled else ''}"
-        after = f" after {self.rounds} round{'s' * (self.rounds > 1)}" if self.rounds else ""
-        return f"LEFT OUT{after}: {self.preset}, {name}: {self.reason}"
-
-
-class Environment(BaseModel):
-    """Of a benchmark, as far as its report names it; the file says more."""
-
-    device: str
-    cores: int
-    code_version: str | None
-    command: list[str]
-    python: str
-    packages: dict[str, str]
-    date: str
-    variables: dict[str, str] = {}
-
-
-class Report(BaseModel):
-    """A file of results."""
-
-    format: int
-    environment: Environment
-    results: list[Result]
-    left_out: list[LeftOut] = []
-
 
 Cell = Callable[[Result], str | None]
 
@@ -149,14 +37,14 @@ def result_lines(results: Sequence[Result], left_out: Sequence[LeftOut] = ()) ->
             *_remarks(group),
             "",
         ]
-    return [*lines, *map(str, left_out)] if left_out else lines[:-1]
+    return [*lines, *map(_left_out_line, left_out)] if left_out else lines[:-1]
 
 
 def write_report(
     path: Path, environment: dict[str, Any], options: dict[str, Any], results: list[Result], left_out: list[LeftOut]
 ) -> None:
-    """Write what `read_report` reads, with no folder of this machine in it. Raises UserError where it can't."""
-    content = {"format": FORMAT, "environment": environment, "options": options}
+    """Write a file that `read_reports` reads, with no folder of this machine in it. Raises UserError where it can't."""
+    content = {"format": RESULT_FORMAT, "environment": environment, "options": options}
     content |= {"results": [one.model_dump() for one in results], "left_out": [one.model_dump() for one in left_out]}
     write_json(path, without_folders(content))
 
@@ -172,32 +60,13 @@ def without_folders(value: Any) -> Any:
     return value
 
 
-def read_report(path: Path) -> Report:
-    """Raises UserError: no JSON, or not what a benchmark of this format wrote."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); take it away, or write it anew") from None
-    try:
-        report = Report.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "content"
-        raise UserError(
-            f"{path} is not of tools/benchmark_throughput.py ({where}: {first['msg']}); take it away, or write it anew"
-        ) from None
-    if report.format != FORMAT:
-        raise UserError(f"{path} has format {report.format}, and this megaslm writes {FORMAT}: measure anew")
-    return report
-
-
 def write_results(folder: str | Path) -> Path:
     """Write RESULTS.md from all throughput_*.json in `folder`. Returns its path.
 
     Raises UserError: a file that is not of this benchmark, a folder that can't be written.
     """
     folder = Path(folder)
-    reports = {path.name: read_report(path) for path in sorted(folder.glob(PATTERN))}
+    reports = {path.name: report for path, report in read_reports(folder).items()}
     path = folder / RESULTS
     try:
         path.write_text("\n".join(results_page(reports)) + "\n", encoding="utf-8")
@@ -242,7 +111,7 @@ def results_page(reports: dict[str, Report]) -> list[str]:
                 remarks = _remarks(group)
                 lines += ["", f"### {group[0].preset}", "", _title(group), "", *_markdown_table(*_cells(group))]
                 lines += [line for remark in remarks for line in ("", remark)]
-            lines += [line for missing in reports[name].left_out for line in ("", str(missing))]
+            lines += [line for missing in reports[name].left_out for line in ("", _left_out_line(missing))]
     return lines
 
 
@@ -331,7 +200,7 @@ def _cells(group: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
 
     columns: dict[str, Cell] = {
         "case": lambda r: CASE_NAMES.get(r.case, r.case),
-        "compiled": lambda r: "fell back" if _fell_back(r) else r.compiled,
+        "compiled": lambda r: "fell back" if r.fell_back else r.compiled,
         "with": lambda r: ", ".join([f"float8 {r.float8}"] * (r.float8 != "off") + ["graphs"] * r.cuda_graphs) or None,
         "batch": lambda r: f"{r.micro_batch_size} x {r.accumulation_steps}",
         "tokens/s": lambda r: f"{r.tokens_per_s:,.0f}",
@@ -357,10 +226,6 @@ def _rate(tflops: float) -> str:
     return f"{tflops:,.1f}" if tflops >= 1 else f"{tflops:.3f}"
 
 
-def _fell_back(result: Result) -> bool:
-    return result.compiled.startswith("fell back")
-
-
 def _remarks(group: Sequence[Result]) -> list[str]:
     """Whether the cases computed the same, and who did not get what was asked for."""
     remarks = []
@@ -382,22 +247,28 @@ def _remarks(group: Sequence[Result]) -> list[str]:
                 if not difference <= limit  # a NaN is not
             ]
     remarks += [
-        f"{case_name(result)}: the gap is not known: the profiler saw no work of the GPU, whose counters may need "
-        "permission, or more than the step takes. Phases are wall times, with what the GPU waited."
+        f"{case_name(result)}: the gap is not known: the profiler saw no work of the step on the GPU, whose "
+        "counters may need permission, or more than the step takes. Phases are wall times, with what the GPU waited."
         for result in group
         if "gap" in result.phases_ms and result.phases_ms["gap"] is None
     ]
-    return remarks + [f"{case_name(result)}: {result.compiled}." for result in group if _fell_back(result)]
+    return remarks + [f"{case_name(result)}: {result.compiled}." for result in group if result.fell_back]
 
 
 def _difference(result: Result, reference: Result, loss: str) -> float:
     return abs(getattr(result, loss) - getattr(reference, loss)) / abs(getattr(reference, loss))
 
 
+def _left_out_line(one: LeftOut) -> str:
+    name = f"{CASE_NAMES.get(one.case, one.case)}{', compiled' if one.compiled else ''}"
+    after = f" after {one.rounds} round{'s' * (one.rounds > 1)}" if one.rounds else ""
+    return f"LEFT OUT{after}: {one.preset}, {name}: {one.reason}"
+
+
 def case_name(result: Result) -> str:
     """What tells a case from the others of its preset."""
     name = CASE_NAMES.get(result.case, result.case)
-    return name if result.compiled == "off" or _fell_back(result) else f"{name}, compiled"
+    return name if result.compiled == "off" or result.fell_back else f"{name}, compiled"
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -56,7 +56,8 @@ def events_of(profiler: torch.profiler.profile) -> list[dict]:
 
 
 def busy_seconds(events: Iterable[dict]) -> dict[str, float] | None:
-    """Seconds that the device was busy with what was launched in each phase. What no phase launched is left out.
+    """Seconds that the device was busy with what was launched in each phase, of all steps in the trace together. What
+    no phase launched is left out.
 
     None: the trace has nothing of the device, as where the driver lets no one watch it.
     """

@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megaslm.config import RunConfig
+from megaslm.config import RunConfig, cuda_graphs_problem
 from megaslm.errors import UserError
 from megaslm.training.batches import MicroBatch
 
@@ -55,44 +55,19 @@ class CudaGraph:
         self._graph.replay()
 
 
-def check_cuda_graphs(run: RunConfig, engine_config: dict, optimizer, device: torch.device) -> None:
-    """Raise UserError where a micro-step under DeepSpeed's `optimizer` cannot be a graph."""
-    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-
-    size, instruments = run.parallel.tensor_parallel_size, _instruments(engine_config)
-    if device.type != "cuda":
-        problem = "needs a GPU"
-    elif not (isinstance(optimizer, BF16_Optimizer) and optimizer.grad_acc_dtype == torch.float32):
-        problem = "goes with bf16 under ZeRO-1 with fp32 accumulation alone (ds_configs/zero1.json): others do more in "
-        problem += "a backward pass than compute"
-    elif run.optimizer.type != "adamw":
-        problem = f"does not go with optimizer.type={run.optimizer.type}: DeepSpeed's step asks Python which gradients "
-        problem += "there are; use optimizer.type=adamw"
-    elif instruments:
-        problem = f"does not go with {', '.join(instruments)} of the engine config: a replay runs no instrument"
-    elif run.data.mask_documents:
-        problem = "does not go with data.mask_documents, whose shapes vary"
-    elif size > 1:
-        problem = f"does not go with parallel.tensor_parallel_size={size}, which communicates within the passes"
-    else:
-        return
-    raise UserError(f"train.cuda_graphs {problem}; use train.cuda_graphs=false")
-
-
-def _instruments(engine_config: dict) -> list[str]:
-    """What DeepSpeed would start and stop around the network's forward pass."""
-    switches = {
-        "wall_clock_breakdown": engine_config.get("wall_clock_breakdown"),
-        "memory_breakdown": engine_config.get("memory_breakdown"),
-        "timers.throughput": engine_config.get("timers", {}).get("throughput", {}).get("enabled"),
-    }
-    return [name for name, on in switches.items() if on]
+def check_cuda_graphs(run: RunConfig, precision: str, engine_config: dict, device: torch.device) -> None:
+    """Raise UserError where a micro-step under that engine config cannot be a graph."""
+    if problem := cuda_graphs_problem(run, precision, engine_config, device.type == "cuda"):
+        raise UserError(problem)
 
 
 class GraphedMicroStep:
     """The micro-step of a DeepSpeed engine with BF16_Optimizer, recorded at its first run, with the batch's shapes."""
 
     def __init__(self, engine, graph: Graph):
+        from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+        assert isinstance(engine.optimizer, BF16_Optimizer), "DeepSpeed makes another one of this engine config"
         self._engine = engine
         self._graph = graph
         self._tokens: Tensor | None = None

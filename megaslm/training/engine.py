@@ -15,7 +15,7 @@ import torch
 from megaslm_kernels import find_documents
 from torch import Tensor, nn
 
-from megaslm.config import OptimizerConfig, RunConfig, offloads_optimizer, zero_stage
+from megaslm.config import OptimizerConfig, RunConfig, offloads_optimizer, resolved_precision, zero_stage
 from megaslm.data import IGNORED_TARGET
 from megaslm.errors import UserError, first_line
 from megaslm.model import Block, Decoder, LanguageModel
@@ -152,7 +152,7 @@ class TrainingEngine:
         self._device_step = self._decide_on_the_device(ranks, offloads_optimizer(engine_config))
         self._graphed: GraphedMicroStep | None = None
         if run.train.cuda_graphs:
-            check_cuda_graphs(run, engine_config, self.deepspeed.optimizer, ranks.device)
+            check_cuda_graphs(run, resolved_precision(engine_config), engine_config, ranks.device)
             self._graphed = GraphedMicroStep(self.deepspeed, CudaGraph())
 
     @property

@@ -15,42 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megaslm.config import RunConfig
+from megaslm.config import RunConfig, float8_problem
 from megaslm.errors import UserError
 from megaslm.model import LanguageModel
 from megaslm.parallel import quiet_torchao
 from megaslm.training.device import device_name
 
-MULTIPLE = 16  # of what the sizes of a float8 product must be (torch._scaled_mm)
-
 
 def check_float8(run: RunConfig, precision: str, device: torch.device, micro_batch_size: int) -> None:
     """Raise UserError where train.float8 cannot be had: the device, the precision, the layout or a size."""
-    asked = f"train.float8={run.train.float8}"
     # ROCm's GPUs have "cuda" devices and capabilities of their own.
     is_nvidia = device.type == "cuda" and torch.version.hip is None
-    if not is_nvidia or torch.cuda.get_device_capability(device) < (8, 9):
-        raise UserError(
-            f"{asked} needs an NVIDIA GPU with float8 matrix products (sm_89 or later: L4, H100, H200, ...), which "
-            f"{device_name(device)} does not have; use train.float8=off"
-        )
-    if precision != "bf16":
-        raise UserError(f"{asked} is made for bf16, and this run is in {precision}; use train.precision=bf16")
-    if run.parallel.tensor_parallel_size > 1:
-        raise UserError(
-            f"{asked} does not go with parallel.tensor_parallel_size={run.parallel.tensor_parallel_size}: the products "
-            "of parts of a matrix have code of their own; use train.float8=off, or data parallelism alone"
-        )
-    model = run.model
-    sizes = {
-        "model.hidden_size": model.hidden_size,
-        "model.ffn_hidden_size": model.ffn_hidden_size,
-        "model.num_heads x head_dim": model.num_heads * model.head_dim,
-        "the width of queries, keys and values": (model.num_heads + 2 * model.num_kv_heads) * model.head_dim,
-        "the tokens of a micro-batch": micro_batch_size * run.seq_length,
-    }
-    if odd := [f"{name} ({size:,})" for name, size in sizes.items() if size % MULTIPLE]:
-        raise UserError(f"{asked} needs multiples of {MULTIPLE}, which these are not: {', '.join(odd)}")
+    has_float8 = is_nvidia and torch.cuda.get_device_capability(device) >= (8, 9)
+    if problem := float8_problem(run, precision, device_name(device), has_float8, micro_batch_size):
+        raise UserError(problem)
 
 
 def use_float8(model: LanguageModel, recipe: str, emulate: bool = False) -> None:

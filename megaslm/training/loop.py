@@ -88,8 +88,8 @@ class Training:
                 with StepBatches(self.data.training, self.plan.layout, self.ranks, first_sample, steps) as batches:
                     reason = self._loop(stop, batches)
             self.progress.seconds = time.perf_counter() - self.started
-            if self.ranks.is_first:
-                conclude(self.plan, self.progress, reason)
+            # The others wait for it: of a rank that is gone before, srun may end the step, and rank 0 with it.
+            host.on_first(lambda: conclude(self.plan, self.progress, reason))
         except Exception:
             self.saving.finish_running()
             raise

@@ -234,11 +234,7 @@ def total_steps(run: RunConfig, samples_per_epoch: int | None = None) -> int:
 
     samples_per_epoch: needed for max_epochs alone.
     """
-    limits = []
-    if run.train.max_steps:
-        limits.append(run.train.max_steps)
-    if run.train.max_tokens:
-        limits.append(math.ceil(run.train.max_tokens / run.tokens_per_step))
+    limits = [run.step_limit] if run.step_limit else []
     if run.train.max_epochs:
         limits.append(math.ceil(run.train.max_epochs * samples_per_epoch / run.train.global_batch_size))
     return min(limits)

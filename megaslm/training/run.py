@@ -2,13 +2,12 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from megaslm_kernels import Ops
 
 from megaslm.checkpoint import Checkpoint, check_engine, clear_leftovers
-from megaslm.config import RunConfig, check_tensor_parallel, zero_stage
+from megaslm.config import RunConfig, check_tensor_parallel, compiles, zero_stage
 from megaslm.errors import UserError, first_line
 from megaslm.model import DTYPES, LanguageModel, build_model
 from megaslm.parallel import Ranks, check_sizes, check_tags, host, init_distributed, shard_model
@@ -108,16 +107,10 @@ def build_network(
         check_float8(run, precision, ranks.device, micro_batch_size)
         use_float8(model, run.train.float8)
     compiled = "off"
-    if compiles(run.train.compile, ranks.device, stage):
+    if compiles(run.train.compile, ranks.device.type == "cuda", stage):
         failure = compile_blocks(model, run, micro_batch_size, DTYPES[precision])
         compiled = f"fell back to eager: {failure}" if failure else "every block"
     return model, compiled
-
-
-def compiles(setting: bool | Literal["auto"], device: torch.device, stage: int) -> bool:
-    """Whether train.compile=`setting` compiles under ZeRO `stage`. auto: on GPUs, where no fetch of weights breaks the
-    graphs."""
-    return device.type == "cuda" and stage < 3 if setting == "auto" else setting
 
 
 @contextlib.contextmanager

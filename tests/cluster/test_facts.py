@@ -1,6 +1,7 @@
 """What a rank says of its machine, where the machine is made up."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,17 @@ def test_a_rank_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert facts.device_facts("cuda", 2)["fault"].startswith("2 GPUs are there, and this is local rank 2")
+
+
+def test_a_gpu_is_named_by_its_number_on_the_machine(monkeypatch):
+    properties = SimpleNamespace(name="NVIDIA H200", uuid="GPU-1", major=9, minor=0)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for name, value in {
+        "is_available": True, "device_count": 8, "mem_get_info": (100, 140), "get_device_properties": properties,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    found = facts.device_facts("cuda", 3)
+    assert (found["index"], found["used"], found["architecture"]) == (3, 40, "sm_90")
 
 
 def test_two_trees_that_differ_in_a_file(tmp_path):

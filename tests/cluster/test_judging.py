@@ -38,7 +38,7 @@ NODE = {
     "free_memory": 500e9,
 }
 HOSTS = ["one", "one", "two", "two"]
-GPUS = [GPU | {"uuid": f"GPU-{rank}"} for rank in range(4)]
+GPUS = [GPU | {"uuid": f"GPU-{rank}", "index": rank % 2} for rank in range(4)]
 DRIVERS = {"one": "570.86", "two": "570.86"}
 
 
@@ -62,7 +62,7 @@ def test_equal_gpus_are_ok():
         (2, {"name": "NVIDIA H100 80GB HBM3"}, "GPUs", ["NVIDIA H100 80GB HBM3 on two", "NVIDIA H200 on one"]),
         (3, {"bytes": 70 * GIB}, "GPUs", ["70.0 GiB on two", "140.0 GiB on one"]),
         (3, {"cuda": "12.6"}, "CUDA", ["12.6 on two", "12.8 on one"]),
-        (1, {"used": 60 * GIB}, "GPU memory", ["60.0 GiB of GPU 1 on one", "nvidia-smi", "--skip_checks"]),
+        (3, {"used": 60 * GIB}, "GPU memory", ["60.0 GiB of GPU 1 on two", "nvidia-smi", "--skip_checks"]),
         (0, {"fault": "no driver"}, "GPUs", ["one: no driver"]),
         (3, {"uuid": "GPU-1"}, "GPUs", ["rank 1 on one and rank 3 on two have the same one"]),
     ],
@@ -179,6 +179,8 @@ def test_the_disk():
     # What the run has saved before it was stopped is not needed again.
     assert judge_storage(12e9, 6, 70e9, 24e9, "runs/x").level == OK
     assert judge_storage(None, 6, 1e6, 0, "runs/x").level == WARNING
+    uncounted = judge_storage(12e9, 6, 73e9, 0, "runs/x", ["checkpoint.keep_every"]).text
+    assert uncounted.endswith("6 checkpoints of 12.0 GB planned (without those of checkpoint.keep_every)")
 
 
 def test_host_memory_too_small_for_a_background_save_is_a_warning():
@@ -202,12 +204,15 @@ def test_what_is_expected_of_a_network():
     assert expected["across nodes"] <= expected["within a node"]
     assert expected_bandwidth("NVIDIA H200", 1)["across nodes"] < expected["across nodes"]
     assert expected_bandwidth("a GPU of another maker", 8) == expected_bandwidth(None, 2) == {}
+    assert expected_bandwidth("NVIDIA L40S", 8) == {}, "over PCIe"
 
 
 def test_the_slowest_rank_is_judged_and_wrong_sums_are_a_fault():
-    measured = [{"across nodes": (speed, True)} for speed in (300e9, 90e9)]
-    (finding,) = judge_network(["one", "two"], measured, {"across nodes": 300e9})
-    assert finding.level == WARNING and "90.00 GB/s" in finding.text
+    measured = [{"within a node": (speed, True), "across nodes": (speed, True)} for speed in (300e9, 90e9)]
+    within, across = judge_network(["one", "two"], measured, {"within a node": 300e9, "across nodes": 300e9})
+    assert within.level == across.level == WARNING and "90.00 GB/s" in within.text
+    assert "of some 300 expected; " in within.text
+    assert "of some 300 expected if each GPU has an NDR port; " in across.text
     measured[1] = {"across nodes": (300e9, False)}
     (finding,) = judge_network(["one", "two"], measured, {})
     assert finding.level == FAULT and "wrong sums on two" in finding.text

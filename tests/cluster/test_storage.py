@@ -3,28 +3,18 @@
 import pytest
 
 from megaslm.checkpoint import list_checkpoints
-from megaslm.cluster.storage import existing_parent, free_for_run, model_of, planned_checkpoints
+from megaslm.cluster.storage import existing_parent, free_for_run, model_of, uncounted_settings
 from megaslm.config import load_run_config
 from megaslm.planning import checkpoint_bytes
 
 
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        # 100 saves; the newest two, the best, and one in flight.
-        (["train.max_steps=1000", "checkpoint.interval=10", "checkpoint.keep_last=2"], 4),
-        (["train.max_steps=1000", "checkpoint.interval=10", "checkpoint.keep_last=2", "checkpoint.keep_best=false"], 3),
-        # And every 200th for good.
-        (["train.max_steps=1000", "checkpoint.interval=10", "checkpoint.keep_last=2", "checkpoint.keep_every=200"], 9),
-        # At the end alone, and the best.
-        (["train.max_steps=1000", "checkpoint.interval=0"], 2),
-        (["train.max_steps=1000", "checkpoint.interval=0", "checkpoint.keep_best=false"], 1),
-        # 8 sequences of 32 tokens a step: 4 steps, of which 2 save, as does the end.
-        (["train.max_tokens=1000", "checkpoint.interval=2", "checkpoint.keep_best=false"], 3),
-    ],
-)
-def test_how_many_checkpoints(preset, overrides, expected):
-    assert planned_checkpoints(load_run_config(preset, overrides)) == expected
+def test_settings_that_keep_more_than_is_counted(preset):
+    def uncounted(*overrides: str) -> list[str]:
+        return uncounted_settings(load_run_config(preset, ["checkpoint.interval=10", *overrides]))
+
+    assert uncounted("train.max_epochs=3") == uncounted("checkpoint.keep_every=20") == []
+    assert uncounted("train.max_epochs=3", "checkpoint.keep_every=20") == ["checkpoint.keep_every"]
+    assert uncounted("checkpoint.every_epoch=true") == ["checkpoint.every_epoch"]
 
 
 def test_the_size_is_that_of_a_real_checkpoint(command, preset, tmp_path):

@@ -6,7 +6,15 @@ import sys
 
 import pytest
 
-from megaslm.config import BatchLayout, describe_fields, list_presets, load_run_config, resolve_batch, to_json
+from megaslm.config import (
+    BatchLayout,
+    describe_fields,
+    list_presets,
+    load_run_config,
+    resolve_batch,
+    to_json,
+    with_expected_vocabulary,
+)
 from megaslm.config.explain import all_keys
 from megaslm.config.load import ACTS_WHEN, TAKES_PLACE_OF, save_run_config
 from megaslm.config.schema import RunConfig
@@ -100,6 +108,31 @@ def test_validation_sets_may_have_names(tmp_path):
     config = load_run_config("quickstart", ["data.train=a", named])
     save_run_config(config, tmp_path / "run.json")
     assert load_run_config(str(tmp_path / "run.json")) == config
+
+
+def test_the_vocabulary_of_a_run_without_its_data():
+    config = load_run_config("slm_tiny", ["tokenizer.type=ascii"])
+    found = with_expected_vocabulary(config)
+    assert found.model.vocab_size == 96 and config.model.vocab_size is None
+    with pytest.raises(UserError, match=r"slm_tiny takes its vocabulary from its data: give model.vocab_size=N"):
+        with_expected_vocabulary(load_run_config("slm_tiny", ["tokenizer.path=gpt2"]))
+
+
+@pytest.mark.parametrize(
+    "limits, tokens, steps",
+    [
+        ({"max_steps": 10}, 2560, 10),
+        ({"max_tokens": 1000}, 1000, 4),
+        ({"max_tokens": 1000, "max_steps": 3}, 768, 3),
+        ({"max_tokens": 700, "max_steps": 3, "max_epochs": 1}, 700, 3),
+        ({"max_epochs": 2}, None, None),
+    ],
+)
+def test_how_long_a_run_is(limits, tokens, steps):
+    """Steps of 8 x 32 tokens."""
+    overrides = [f"train.{name}={limits.get(name, 'null')}" for name in ("max_steps", "max_tokens", "max_epochs")]
+    config = load_run_config("slm_tiny", ["train.global_batch_size=8", "data.seq_length=32", *overrides])
+    assert (config.token_limit, config.step_limit) == (tokens, steps)
 
 
 def test_an_existing_tokenizer_brings_its_own_vocabulary():

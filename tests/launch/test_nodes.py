@@ -26,14 +26,18 @@ KEYS = ("step", "loss", "grad_norm", "lr")
 
 @pytest.fixture(scope="module")
 def shell(environment):
-    """shell(script, argument, ..., env=) -> Popen with text pipes, in a process group of its own."""
+    """shell(script, argument, ..., env=) -> Popen with text pipes, in a process group of its own.
+
+    env: variables beside those of the tests; None takes one away.
+    """
     started = []
     paths = os.pathsep.join((str(Path(sys.executable).parent), environment["PATH"]))
 
     def start(script, *arguments, env=None):
+        variables = environment | {"PATH": paths, "USER": "me"} | (env or {})
         process = subprocess.Popen(
             ["bash", str(ROOT / "launch" / script), *map(str, arguments)],
-            env=environment | {"PATH": paths, "USER": "me"} | (env or {}),
+            env={name: value for name, value in variables.items() if value is not None},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -127,7 +131,9 @@ ENVIRONMENT = {
 def test_a_dry_run_prints_the_environment_and_the_commands(finished, hostfile, script, golden, options):
     options = [hostfile if option == "HOSTFILE" else option for option in options]
     env = {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "8"}
-    code, out, err = finished(script, *options, "--dry_run", "--preset", "slm_tiny", "train.max_steps=3", env=env)
+    # torch sets some of the others when it compiles, as another test of this process may have let it.
+    clean = dict.fromkeys(ENVIRONMENT) | env
+    code, out, err = finished(script, *options, "--dry_run", "--preset", "slm_tiny", "train.max_steps=3", env=clean)
     assert (code, err) == (0, "")
     for path, name in (
         (str(hostfile), "HOSTFILE"),
@@ -264,20 +270,29 @@ def test_a_signal_during_the_checks_ends_all_of_them(shell, hostfile, free_port)
 
 # --- Slurm ----------------------------------------------------------------------------------------------------------
 
-# A step with a task for every node: a signal goes to all tasks, and one that fails ends the others.
+# A step with a task for every node. As Slurm's: a SIGTERM to srun kills all of its processes by SIGKILL, and so does a
+# task that fails; a signal from scancel goes to the tasks alone, which are torchrun.
 SRUN = """
 while [ "${1#--}" != "$1" ]; do case "$1" in --nodes=*) nodes="${1#*=}" ;; esac; shift; done
 tasks=()
-stop() { kill -TERM "${tasks[@]}" 2>/dev/null; }
-trap stop TERM
+end() {
+    for task in "${tasks[@]}"; do
+        kill -KILL $(cat "/proc/$task/task/$task/children" 2>/dev/null) "$task" 2>/dev/null
+    done
+}
+trap end TERM
 for ((node = 0; node < nodes; node++)); do SLURM_NODEID=$node "$@" & tasks+=($!); done
+echo "${tasks[@]}" >"$TASKS"
 code=0
 for task in "${tasks[@]}"; do
-    while wait "$task"; one=$?; kill -0 "$task" 2>/dev/null; do :; done
-    wait "$task"; one=$?
-    if [ "$one" -ne 0 ] && [ "$code" -eq 0 ]; then code=$one; stop; fi
+    wait -n; one=$?
+    if [ "$one" -ne 0 ] && [ "$code" -eq 0 ]; then code=$one; end; fi
 done
 exit $code
+"""
+SCANCEL = """
+[ "$*" = "--signal=TERM 4711" ] || exit 1
+kill -TERM $(cat "$TASKS")
 """
 
 
@@ -289,7 +304,7 @@ def test_a_slurm_job_on_two_nodes_is_queued_again_ahead_of_its_limit(
         show) printf "%s\\n" ${{3//,/ }} ;;
         *) echo "$*" >>"{tmp_path}/requeued" ;;
     esac"""
-    env = stubs(srun=SRUN, scontrol=scontrol)
+    env = stubs(srun=SRUN, scancel=SCANCEL, scontrol=scontrol) | {"TASKS": str(tmp_path / "tasks")}
     env |= {"SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "localhost,127.0.0.1", "SLURM_SUBMIT_DIR": str(ROOT)}
     run = ["--cpu_ranks", 1, "--preset", preset, "--run_dir", tmp_path / "run"]
     run.append(f"train.max_steps={STEPS}")

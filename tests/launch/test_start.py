@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megaslm.cluster import local
+from megaslm.cluster import elastic, local, slurm
 
 ROOT = Path(__file__).resolve().parents[2]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -240,6 +240,21 @@ def test_what_only_informs_starts_nothing(start, option):
 AGAIN = "job 4711 is queued again\n"
 
 
+@pytest.fixture
+def step(stubs, tmp_path):
+    """step(script, leave): a step whose srun runs `script` and then `leave`. As Slurm's, srun itself saves nothing on a
+    SIGTERM: it is scancel that lets the ranks `leave`."""
+
+    def make(script: str, leave: str, scancel: str | None = None) -> None:
+        pid = tmp_path / "srun"
+        stubs(
+            srun=f"echo $$ >{pid}; trap '{leave}' USR2; {script}; {leave}",
+            scancel=scancel or f'[ "$*" = "--signal=TERM 4711" ] && kill -USR2 $(cat {pid})',
+        )
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("number", "code", "saves", "told"),
     [
@@ -251,16 +266,13 @@ AGAIN = "job 4711 is queued again\n"
         ("TERM", 1, True, None),  # scancel; a job that it preempts Slurm queues again by itself
     ],
 )
-def test_when_a_slurm_job_is_queued_again(start, stubs, job, tmp_path, number, code, saves, told):
+def test_when_a_slurm_job_is_queued_again(start, stubs, step, job, tmp_path, number, code, saves, told):
     run_dir, requeued = tmp_path / "run", tmp_path / "requeued"
     (run_dir / "checkpoints" / "step_00000001").mkdir(parents=True)
     save = f'mkdir "{run_dir}/checkpoints/step_00000002"' if saves else ":"
     signals = {None: ":", "USR1": "kill -USR1 $PPID; kill -USR1 $PPID; sleep 20 & wait", "TERM": "kill -TERM $PPID"}
-    leave = f"{save}; kill %1 2>/dev/null; exit {code}"
-    stubs(
-        srun=f"trap '{leave}' TERM; {signals[number]}; {leave}",
-        scontrol=f'case "$1" in show) echo localhost ;; *) echo "$*" >>"{requeued}" ;; esac',
-    )
+    step(signals[number], f"{save}; kill %1 2>/dev/null; exit {code}")
+    stubs(scontrol=f'case "$1" in show) echo localhost ;; *) echo "$*" >>"{requeued}" ;; esac')
     ended, out, err = start("slurm", *CPU, "--skip_checks", "--preset", "slm_tiny", "--run_dir", run_dir)
     assert ended == code
     assert requeued.exists() == (told == AGAIN)
@@ -269,15 +281,30 @@ def test_when_a_slurm_job_is_queued_again(start, stubs, job, tmp_path, number, c
         assert requeued.read_text() == "requeue 4711\n"
 
 
-def test_a_job_that_slurm_does_not_queue_again(start, stubs, job, tmp_path):
+def test_a_job_that_slurm_does_not_queue_again(start, stubs, step, job, tmp_path):
     """What is said is what happened."""
     save = f'mkdir -p "{tmp_path}/checkpoints/step_00000002"; kill %1; exit 143'
-    stubs(
-        srun=f"trap '{save}' TERM; kill -USR1 $PPID; sleep 20 & wait",
-        scontrol='case "$1" in show) echo localhost ;; *) echo "not permitted" >&2; exit 1 ;; esac',
-    )
+    step("kill -USR1 $PPID; sleep 20 & wait", save)
+    stubs(scontrol='case "$1" in show) echo localhost ;; *) echo "not permitted" >&2; exit 1 ;; esac')
     _, out, _ = start("slurm", *CPU, "--skip_checks", "--preset", "slm_tiny", "--run_dir", tmp_path)
     assert "scontrol requeue 4711 failed: not permitted; submit the job again" in out and "is queued again" not in out
+
+
+def test_a_job_whose_ranks_are_not_told_of_the_limit(start, stubs, step, job, tmp_path, monkeypatch, capfd):
+    """It goes on, and how it ends is no reason to queue it again."""
+    requeued, tried = tmp_path / "requeued", tmp_path / "tried"
+    save = f'mkdir -p "{tmp_path}/checkpoints/step_00000002"; exit 143'
+    wait = f"kill -USR1 $PPID; until [ -e {tried} ]; do sleep 0.05; done"
+    step(wait, save, scancel=f"echo no controller >&2; touch {tried}; exit 1")
+    stubs(scontrol=f'case "$1" in show) echo localhost ;; *) touch "{requeued}" ;; esac')
+    code, out, _ = start("slurm", *CPU, "--skip_checks", "--preset", "slm_tiny", "--run_dir", tmp_path)
+    assert code == 143 and not requeued.exists()
+    words = "the ranks can't be told of the job's limit: scancel --signal=TERM 4711 failed: no controller; "
+    assert out.startswith(f"slurm.sbatch: {words}") and out.count("\n") == 1
+
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert not slurm._end_step()
+    assert "scancel --signal=TERM 4711 can't be started: No such file" in capfd.readouterr().out
 
 
 def test_a_job_whose_limit_comes_during_the_checks(start, stubs, job, tmp_path):
@@ -308,3 +335,17 @@ def test_the_step_of_a_job_leaves_with_the_code_of_its_rank(fork_ranks, free_por
         ended = fork_ranks(task, ["--nnodes", 1, "--nproc_per_node", 1, *address, rank, how], None)
         assert ended.code == code, ended
         assert ended.err.count("\n") == bool(message) and message in ended.err, ended
+
+
+@pytest.mark.parametrize(
+    ("agent", "told"),
+    [(lambda spec, shutdown_timeout=30: None, False), (lambda spec, exit_barrier_timeout=300: None, True)],
+)
+def test_a_torchrun_that_does_not_wait_for_a_checkpoint_is_told_of(monkeypatch, capsys, agent, told):
+    """The agent of torch 2.12, and that of the versions before."""
+    from torch.distributed.elastic.agent.server import local_elastic_agent
+
+    monkeypatch.setattr(local_elastic_agent, "LocalElasticAgent", agent)
+    elastic.warn_of_little_time()
+    message = capsys.readouterr().err
+    assert message.startswith("warning: told to end, torchrun of torch ") == ("train.max_seconds" in message) == told

@@ -7,7 +7,14 @@ import pytest
 from megaslm.config import load_run_config
 from megaslm.model import count_parameters
 from megaslm.parallel import Layout, rank_parameters
-from megaslm.planning import checkpoint_bytes, export_bytes, host_copy_bytes, memory_estimate, state_bytes
+from megaslm.planning import (
+    checkpoint_bytes,
+    checkpoints_kept,
+    export_bytes,
+    host_copy_bytes,
+    memory_estimate,
+    state_bytes,
+)
 from megaslm.planning.activations import block_bytes
 from megaslm.planning.memory import _Rank
 
@@ -136,6 +143,12 @@ def test_more_of_anything_takes_no_less_memory():
         assert memory_estimate(config(), dataclasses.replace(LAYOUT, **change)).total > smaller
     divided = dataclasses.replace(LAYOUT, data_parallel_size=4, tensor_parallel_size=2, sequence_parallel=True)
     assert memory_estimate(config(), divided).total < 0.6 * smaller
+
+
+def test_checkpoints_of_a_run_whose_length_its_data_tells():
+    """The last ones, the best, and one that is being written; for 100 steps: tests/tools/test_plan.py."""
+    run = load_run_config("megaslm_125m", ["checkpoint.keep_last=3", "checkpoint.keep_every=1000"])
+    assert checkpoints_kept(run, None) == 3 + 1 + 1
 
 
 def test_sizes_on_disk():

@@ -1,6 +1,7 @@
 """tools/benchmark_memory.py: the formula of memory against real processes, on networks smaller than its own."""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -25,6 +26,11 @@ def test_the_estimates_are_within_a_tenth(fork_ranks, tmp_path):
         # Had one of its parts been left out, it would show.
         assert max(one["parts"].values()) > 0.2 * one["estimated_bytes"]
     assert [one["moment"] for one in found] == ["reduction", "loss"]
+
+
+def test_all_is_eager_as_the_formula_is():
+    tool = runpy.run_path(str(TOOL))
+    assert all(tool["load"](case, []).train.compile is False for case in tool["CASES"])
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,10 @@ from megaslm.parallel import Layout
 from megaslm.planning import GPUS, find_speed, scaling
 
 PEAK = 989e12
+ENVIRONMENT = {
+    "device": "NVIDIA H200", "cores": 2, "code_version": None, "command": [], "python": "3.11.9", "packages": {},
+    "date": "2031-01-02",
+}  # fmt: skip
 PARAMETERS = {"megaslm_125m": 128_000_000, "megaslm_1.2b": 1_198_000_000, "megaslm_3b": 2_926_000_000}
 
 
@@ -21,10 +25,12 @@ def load(preset: str, *overrides: str):
 def result(preset: str, utilization: float, **changes) -> dict:
     return {
         "preset": preset, "case": "megaslm", "model": load(preset).model.model_dump(mode="json"),
-        "compiled": "22 blocks",
-        "parameters": PARAMETERS[preset], "seq_length": 2048, "world_size": 1, "zero_stage": 1, "precision": "bf16",
-        "tensor_parallel_size": 1, "activation_checkpointing": False, "kernels": "triton", "mfu": None,
-        "tflops": utilization * PEAK / 1e12, **changes,
+        "compiled": "every block", "parameters": PARAMETERS[preset], "seq_length": 2048, "global_batch_size": 8,
+        "micro_batch_size": 8, "accumulation_steps": 1, "world_size": 1, "zero_stage": 1, "tensor_parallel_size": 1,
+        "activation_checkpointing": False, "precision": "bf16", "kernels": "triton", "steps": 1, "rounds": 1,
+        "ms_per_step": 1.0, "spread_ms": 0.0, "tokens_per_s": 1.0, "tokens_per_s_per_device": 1.0, "phases_ms": {},
+        "tflops": utilization * PEAK / 1e12, "tflops_causal": 1.0, "mfu": None, "mfu_causal": None,
+        "matmul_tflops": 1.0, "of_matmul_rate": 1.0, "memory_bytes": 1, "first_loss": 2.0, "last_loss": 1.0, **changes,
     }  # fmt: skip
 
 
@@ -32,8 +38,8 @@ def result(preset: str, utilization: float, **changes) -> dict:
 def speed(tmp_path):
     """speed(result, ..., preset=, layout=, device=): found by results in one file."""
 
-    def find(*results, run=None, layout=None, device="NVIDIA H200", gpu="h200", format=1):
-        report = {"format": format, "environment": {"device": device}, "results": results}
+    def find(*results, run=None, layout=None, device="NVIDIA H200", gpu="h200"):
+        report = {"format": 1, "environment": ENVIRONMENT | {"device": device}, "results": results}
         (tmp_path / "throughput_it.json").write_text(json.dumps(report))
         layout = layout or Layout(8, 1, 2048)
         return find_speed(run or load("megaslm_125m"), layout, "triton", GPUS[gpu], tmp_path)
@@ -51,13 +57,21 @@ def test_the_same_model_on_the_same_gpu_is_measured(speed):
     "changes",
     [
         {"seq_length": 128}, {"kernels": "reference"}, {"compiled": "off"}, {"cuda_graphs": True},
-        {"tensor_parallel_size": 2}, {"attention": "cudnn"},
+        {"tensor_parallel_size": 2}, {"attention": "cudnn"}, {"compiled": "fell back to eager: no compiler"},
     ],
     ids=str,
 )  # fmt: skip
 def test_other_settings_are_not_measured(speed, changes):
     found = speed(result("megaslm_125m", 0.2, **changes))
     assert (found.kind, found.utilization) == ("estimated", pytest.approx(0.2))
+
+
+@pytest.mark.parametrize("compiled", ["off", "fell back to eager: no compiler"])
+def test_eager_steps_are_those_of_a_run_that_is_not_compiled(speed, compiled):
+    """As ZeRO-3 is not where nobody asks for it."""
+    eager = result("megaslm_125m", 0.2, compiled=compiled)
+    assert speed(eager, run=load("megaslm_125m", "train.compile=false")).kind == "measured"
+    assert speed(eager, layout=Layout(8, 1, 2048, zero_stage=3)).kind == "measured"
 
 
 @pytest.mark.parametrize("changes", [{"precision": "fp32"}, {"float8": "rowwise"}, {"case": "hf"}], ids=str)
@@ -103,7 +117,7 @@ def test_the_number_of_gpus_is_looked_at_after_the_model(speed):
 
 def test_every_gpu_of_the_table_can_be_measured(speed):
     for name, gpu in GPUS.items():
-        found = speed(result("megaslm_125m", 0.01), device=gpu.torch_names[0], gpu=name)
+        found = speed(result("megaslm_125m", 0.01), device=gpu.torch_name, gpu=name)
         assert found.kind == "measured" and gpu.peak("fp32") < gpu.peak("bf16")
 
 
@@ -112,12 +126,14 @@ def test_every_gpu_of_the_table_can_be_measured(speed):
     [
         ("", "cannot be read"),
         ("[]", "not of tools/benchmark_throughput.py"),
-        ('{"format": 1, "results": []}', "environment: Field required"),
-        ('{"format": 1, "environment": {"device": "x"}, "results": [{"case": "megaslm"}]}', "results.0.preset"),
-        ('{"format": 2, "environment": {"device": "x"}, "results": []}', "format 2"),
+        ({"environment": {"torch": "2.13"}}, "environment.device: Field required"),
+        ({"results": [{"case": "megaslm"}]}, "results.0.preset"),
+        ({"format": 2}, "has format 2, and this megaslm reads 1"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, content, says):
+    if isinstance(content, dict):
+        content = json.dumps({"format": 1, "environment": ENVIRONMENT, "results": []} | content)
     (tmp_path / "throughput_bad.json").write_text(content)
     with pytest.raises(UserError, match="throughput_bad.json") as error:
         find_speed(load("megaslm_125m"), Layout(8, 1, 2048), "triton", GPUS["h200"], tmp_path)

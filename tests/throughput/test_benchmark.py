@@ -49,13 +49,20 @@ def test_on_a_gpu_the_gap_is_what_it_was_not_busy():
 
 
 def test_a_gap_is_never_negative():
-    """A little below zero is zero, and the phases still add up; more than that is not known, as is an empty trace."""
-    for backward, gap in ((70.0, 0.0), (71.5, None), (None, None)):
-        busy = backward and {"forward": 20.0, "backward": backward, "optimizer": 10.0}
+    """A little below zero is zero, and the phases still add up; more than that is not known."""
+    for backward, gap in ((70.0, 0.0), (71.5, None)):
+        busy = {"forward": 20.0, "backward": backward, "optimizer": 10.0}
         phases = result_of(Case("slm_tiny"), [measurement([100.0], busy, memory=ON_GPU)], 4e14)["phases_ms"]
         assert phases.pop("gap") == gap
         assert sum(phases.values()) == pytest.approx(100) and min(phases.values()) > 0
         assert ("rest" in phases) == (gap is None)
+
+
+@pytest.mark.parametrize("busy", [None, {"forward": 0.0, "backward": 0.0}, {"data": 1.0}], ids=str)
+def test_a_gap_without_work_in_the_phases_is_not_known(busy):
+    """As of an empty trace, and of kernels that no phase launched."""
+    phases = result_of(Case("slm_tiny"), [measurement([100.0], busy, memory=ON_GPU)], 4e14)["phases_ms"]
+    assert phases.pop("gap") is None and sum(phases.values()) == pytest.approx(100)
 
 
 def test_figures_are_medians_of_all_rounds():

@@ -125,8 +125,10 @@ class Batches:
         return []
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_on_a_gpu_rank_0_profiles_one_step_more(rank, sleeper, case, joined, monkeypatch):
+@pytest.mark.parametrize("rank, profiled", [(0, 1), (1, 1), (0, 2)])
+def test_on_a_gpu_rank_0_profiles_further_steps(rank, profiled, sleeper, case, joined, monkeypatch):
+    """Of their work it keeps that of one."""
+    monkeypatch.setattr(measure, "PROFILED_STEPS", profiled)
     joined(device=torch.device("cuda", 0), rank=rank)
     opened = []
 
@@ -135,7 +137,7 @@ def test_on_a_gpu_rank_0_profiles_one_step_more(rank, sleeper, case, joined, mon
         opened.append(len(sleeper.log))
         yield "profiler"
 
-    work = {"ph": "X", "cat": "kernel", "name": "k", "ts": 5, "dur": 3e5, "args": {"correlation": 1}}
+    work = {"ph": "X", "cat": "kernel", "name": "k", "ts": 5, "dur": profiled * 3e5, "args": {"correlation": 1}}
     launch = {"ph": "X", "cat": "cuda_runtime", "name": "l", "ts": 4, "dur": 1, "args": {"correlation": 1}}
     phase = {"ph": "X", "cat": "user_annotation", "name": "phase: forward", "ts": 1, "dur": 10}
     waits = []
@@ -152,7 +154,8 @@ def test_on_a_gpu_rank_0_profiles_one_step_more(rank, sleeper, case, joined, mon
     monkeypatch.setattr(torch.profiler, "profile", profile)
     monkeypatch.setattr(torch.profiler, "record_function", lambda name: nullcontext())
     found = measure.measure(case, 1, 2)
-    assert sleeper.log[:-1] == ["step", "freeze", "step", "step", "step"], "all ranks take the step that one profiles"
+    steps = ["step", "freeze", "step", "step"] + profiled * ["step"]
+    assert sleeper.log[:-1] == steps, "all ranks take the steps that one profiles"
     assert opened == ([4] if rank == 0 else []) and found.busy == ({"forward": 0.3} if rank == 0 else None)
     assert found.seconds == 2 * 0.875 and len(found.steps) == 2 and len(waits) == 4
     phases = result_of(case, [found], 1e14)["phases_ms"]

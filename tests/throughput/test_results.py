@@ -7,9 +7,10 @@ import matplotlib.pyplot as plt
 import pytest
 
 from megaslm.errors import UserError
+from megaslm.planning import LeftOut, Result, read_report
 from megaslm.reports import write_json
 from megaslm.throughput.plot import draw_results
-from megaslm.throughput.results import LeftOut, Result, result_lines, without_folders, write_report, write_results
+from megaslm.throughput.results import result_lines, without_folders, write_report, write_results
 
 TOKENS_PER_STEP = 8 * 1024
 GPU = {"mfu": 0.451, "mfu_causal": 0.412, "memory_reserved_bytes": 5 * 2**30}
@@ -152,6 +153,7 @@ def test_what_was_left_out_is_told(result, tmp_path):
     options = {"preset": ["/srv/me/mine.json"]}
     write_report(tmp_path / "throughput_x.json", environment, options, [result(1000.0)], missing)
     written = (tmp_path / "throughput_x.json").read_text()
+    assert read_report(tmp_path / "throughput_x.json").results == [result(1000.0)]
     assert "secret" not in written and "/srv" not in written and '"mine.json"' in written
     text = write_results(tmp_path).read_text()
     assert "LEFT OUT after 2 rounds: slm, transformers, compiled: x.bin is gone" in text and "; with NCCL_DEBUG" in text
@@ -215,7 +217,7 @@ def test_the_page_says_what_is_not_measured(result, write, tmp_path):
         (lambda content: "{", "cannot be read"),
         (lambda content: [], "is not of tools/benchmark_throughput.py"),
         (lambda content: {"environment": {"torch": "2.13"}, "results": []}, "is not of tools/benchmark_throughput.py"),
-        (lambda content: content | {"format": 2}, "has format 2, and this megaslm writes 1"),
+        (lambda content: content | {"format": 2}, "has format 2, and this megaslm reads 1"),
         (lambda content: content | {"results": [{"preset": "slm"}]}, r"\(results.0.case: Field required\)"),
     ],
 )

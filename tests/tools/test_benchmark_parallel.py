@@ -39,6 +39,13 @@ def test_figures_of_every_layout_are_printed_and_written(fork_ranks, tmp_path):
     assert tensor["sent_bytes"] < tensor["bytes"] < 2.01 * tensor["sent_bytes"]
 
 
+def test_no_layout_is_compiled_unless_all_are():
+    """train.compile=auto would compile all but ZeRO-3 on a GPU."""
+    load = runpy.run_path(str(TOOL))["load"]
+    assert load(None, []).train.compile is False and load("megaslm_125m", []).train.compile is False
+    assert load(None, ["train.compile=true"]).train.compile is True
+
+
 def test_the_tables_on_paper_need_no_ranks(run_tool):
     finished = run_tool("benchmark_parallel.py", "--paper")
     assert finished.code == 0 and "**megaslm_3b**" in finished.out

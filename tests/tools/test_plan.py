@@ -42,8 +42,8 @@ def test_the_presets_on_eight_h200(plan, preset):
     assert best["total_bytes"] / 1e9 == pytest.approx(gigabytes, abs=0.06)
     if found["speed"]["kind"] == "assumed":  # until there are results
         assert found["speed"]["seconds"] / 86400 == pytest.approx(days, abs=0.01)
-    with_margin = f"{1.05 * best['total_bytes'] / 1e9:.1f}"
-    assert f"{gigabytes} GB, {with_margin} with 5% of margin, of 139.9" in out and found["speed"]["kind"] in out
+    with_margin = f"{1.1 * best['total_bytes'] / 1e9:.1f}"
+    assert f"{gigabytes} GB, {with_margin} with 10% of margin, of 139.9" in out and found["speed"]["kind"] in out
 
 
 def test_the_printed_command_is_one_that_the_run_accepts(plan, command):
@@ -92,6 +92,13 @@ def test_recomputation_of_a_preset_is_no_order(plan):
 def test_options_keep_the_plan_within_their_bounds(plan, run_tool):
     out, found = plan("--preset", "megaslm_1.2b", "train.float8=rowwise", "--gpu", "h100")
     assert {one["tensor_parallel_size"] for one in found["choices"]} == {1} and "float8 gains is not in" in out
+    # 3 x 2056 tokens would fit, and are no multiple of 16.
+    sizes = "--gpu", "rtx4090", "train.global_batch_size=48", "model.context_length=2056"
+    micro_batches = [
+        plan("--preset", "megaslm_1.2b", f"train.float8={recipe}", *sizes)[1]["recommended"]["micro_batch_size"]
+        for recipe in ("off", "rowwise")
+    ]
+    assert micro_batches == [3, 2]
     _, found = plan("--preset", "megaslm_125m", "train.cuda_graphs=true")
     assert {(one["zero_stage"], one["tensor_parallel_size"]) for one in found["choices"]} == {(1, 1)}
     for arguments, says in (
@@ -100,7 +107,11 @@ def test_options_keep_the_plan_within_their_bounds(plan, run_tool):
             ("train.float8=rowwise", "parallel.tensor_parallel_size=2"),
             "does not go with parallel.tensor_parallel_size=2",
         ),
-        (("train.cuda_graphs=true", "train.precision=fp32"), "this run is in fp32"),
+        (("train.cuda_graphs=true", "train.precision=fp32"), "goes with bf16 under ZeRO-1"),
+        (("train.cuda_graphs=true", "optimizer.type=apex_fused_adam"), "optimizer.type=adamw"),
+        (("train.float8=rowwise", "model.ffn_hidden_size=5000"), "model.ffn_hidden_size (5,000)"),
+        (("train.float8=rowwise", "data.seq_length=1032", "train.global_batch_size=8"), "a micro-batch (1,032)"),
+        (("train.float8=rowwise", "--gpu", "cpu", "train.precision=bf16"), "needs an NVIDIA GPU"),
     ):
         assert says in run_tool("plan.py", "--preset", "megaslm_1.2b", *arguments).message()
 

@@ -8,10 +8,9 @@ import torch
 from layout_engines import as_run, run_config
 from torch._dynamo.utils import counters
 
-from megaslm.config import load_run_config
+from megaslm.config import compiles, load_run_config
 from megaslm.model import build_model
 from megaslm.training.engine import compile_blocks
-from megaslm.training.run import compiles
 
 
 @pytest.fixture
@@ -61,19 +60,19 @@ def test_all_blocks_share_their_graphs(num_layers):
 
 
 @pytest.mark.parametrize(
-    ("setting", "device", "stage", "expected"),
+    ("setting", "on_gpu", "stage", "expected"),
     [
-        ("auto", "cpu", 1, False),
-        ("auto", "cuda", 0, True),
-        ("auto", "cuda", 2, True),
-        ("auto", "cuda", 3, False),
-        (True, "cpu", 3, True),
-        (False, "cuda", 1, False),
+        ("auto", False, 1, False),
+        ("auto", True, 0, True),
+        ("auto", True, 2, True),
+        ("auto", True, 3, False),
+        (True, False, 3, True),
+        (False, True, 1, False),
     ],
 )
-def test_auto_compiles_on_gpus_below_zero_3(preset, setting, device, stage, expected):
+def test_auto_compiles_on_gpus_below_zero_3(preset, setting, on_gpu, stage, expected):
     run = load_run_config(preset, [f"train.compile={str(setting).lower()}"])
-    assert compiles(run.train.compile, torch.device(device), stage) is expected
+    assert compiles(run.train.compile, on_gpu, stage) is expected
 
 
 def test_auto_is_the_default_and_off_on_a_cpu(command, preset, metrics, tmp_path):

@@ -4,17 +4,17 @@ import math
 
 import pytest
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from layout_engines import as_run, run_config
 from test_device_step import Run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from megaslm.config import default_engine_config
 from megaslm.errors import UserError
 from megaslm.training.cuda_graphs import CudaGraph, GraphedMicroStep, check_cuda_graphs
 
-BF16, BF16_SUMS = BF16_Optimizer.__new__(BF16_Optimizer), BF16_Optimizer.__new__(BF16_Optimizer)
-BF16.grad_acc_dtype, BF16_SUMS.grad_acc_dtype = torch.float32, torch.bfloat16
+IMMEDIATE = {"enabled": "auto", "immediate_grad_update": True}
+OFFLOADING = {"stage": 1, "offload_optimizer": {"device": "cpu"}}
 
 
 class Recording(TorchDispatchMode):
@@ -52,11 +52,9 @@ def assert_equal_runs(found: Run, expected: Run) -> None:
     assert all(map(torch.equal, found.moments(), expected.moments()))
 
 
-@pytest.mark.parametrize("immediate", [False, True])
-def test_replayed_steps_are_eager_ones(ranks, immediate):
-    """Accumulation 4. The immediate update of gradients is DeepSpeed's, by hooks."""
-    bf16 = {"bf16": {"immediate_grad_update": immediate}}
-    eager, graphed = (Run(ranks, 1, "bf16", engine=bf16) for _ in range(2))
+def test_replayed_steps_are_eager_ones(ranks):
+    """Accumulation 4."""
+    eager, graphed = (Run(ranks, 1, "bf16") for _ in range(2))
     graphed.engine._graphed = GraphedMicroStep(graphed.engine.deepspeed, Recording())
     for _ in range(3):
         assert graphed.step() == eager.step()
@@ -114,6 +112,12 @@ def test_a_cuda_graph_trains_as_eager_steps_do(ranks, accumulation, recomputed, 
     assert steps(resumed, 3) == pytest.approx(steps(graphed, 3), rel=2e-3)
 
 
+def test_a_config_that_gets_another_optimizer_is_a_mistake_of_ours(ranks):
+    """Whether DeepSpeed makes a BF16_Optimizer is told from the config before there is one."""
+    with pytest.raises(AssertionError, match="makes another one"):
+        GraphedMicroStep(Run(ranks, 2, "bf16").engine.deepspeed, Recording())
+
+
 def test_a_batch_of_another_size_is_no_replay(ranks):
     run = Run(ranks, 1, "bf16")
     graphed = GraphedMicroStep(run.engine.deepspeed, Recording())
@@ -137,28 +141,34 @@ def test_targets_that_do_not_count_change_the_scale_from_step_to_step(ranks):
 
 
 @pytest.mark.parametrize(
-    ("device", "optimizer", "changes", "engine", "words"),
+    ("device", "precision", "changes", "engine", "words"),
     [
-        ("cpu", BF16, {}, {}, ["GPU"]),
-        ("cuda", object(), {}, {}, ["bf16", "ZeRO-1", "ds_configs/zero1.json"]),
-        ("cuda", BF16_SUMS, {}, {}, ["fp32 accumulation"]),
-        ("cuda", BF16, {"optimizer": {"type": "apex_fused_adam"}}, {}, ["optimizer.type=adamw"]),
-        ("cuda", BF16, {"data": {"mask_documents": True}}, {}, ["data.mask_documents"]),
-        ("cuda", BF16, {"parallel": {"tensor_parallel_size": 2}}, {}, ["parallel.tensor_parallel_size=2"]),
-        ("cuda", BF16, {}, {"wall_clock_breakdown": True}, ["wall_clock_breakdown"]),
-        ("cuda", BF16, {}, {"memory_breakdown": True}, ["memory_breakdown"]),
-        ("cuda", BF16, {}, {"timers": {"throughput": {"enabled": True}}}, ["timers.throughput"]),
+        ("cpu", "bf16", {}, {}, ["GPU"]),
+        ("cuda", "fp32", {}, {}, ["bf16", "ZeRO-1", "ds_configs/zero1.json"]),
+        ("cuda", "bf16", {}, {"zero_optimization": {"stage": 2}}, ["ZeRO-1"]),
+        ("cuda", "bf16", {}, {"zero_optimization": OFFLOADING}, ["ZeRO-1"]),
+        ("cuda", "bf16", {}, {"data_types": {"grad_accum_dtype": "bf16"}}, ["fp32 accumulation"]),
+        ("cuda", "bf16", {}, {"data_types": {}}, ["fp32 accumulation"]),
+        ("cuda", "bf16", {"optimizer": {"type": "apex_fused_adam"}}, {}, ["optimizer.type=adamw"]),
+        ("cuda", "bf16", {}, {"bf16": IMMEDIATE}, ["bf16.immediate_grad_update"]),
+        ("cuda", "bf16", {"data": {"mask_documents": True}}, {}, ["data.mask_documents"]),
+        ("cuda", "bf16", {"parallel": {"tensor_parallel_size": 2}}, {}, ["parallel.tensor_parallel_size=2"]),
+        ("cuda", "bf16", {}, {"wall_clock_breakdown": True}, ["wall_clock_breakdown"]),
+        ("cuda", "bf16", {}, {"memory_breakdown": True}, ["memory_breakdown"]),
+        ("cuda", "bf16", {}, {"timers": {"throughput": {"enabled": True}}}, ["timers.throughput"]),
     ],
 )
-def test_where_a_micro_step_is_no_graph_a_message_says_why(device, optimizer, changes, engine, words):
+def test_where_a_micro_step_is_no_graph_a_message_says_why(device, precision, changes, engine, words):
+    engine = default_engine_config() | engine
     with pytest.raises(UserError) as error:
-        check_cuda_graphs(as_run(run_config(**changes)), engine, optimizer, torch.device(device))
+        check_cuda_graphs(as_run(run_config(**changes)), precision, engine, torch.device(device))
     assert all(word in str(error.value) for word in ["train.cuda_graphs=false", *words])
 
 
 def test_bf16_under_zero_1_on_a_gpu_may_be_a_graph():
     off = {"wall_clock_breakdown": False, "timers": {"throughput": {"enabled": False}}}
-    check_cuda_graphs(as_run(run_config()), off, BF16, torch.device("cuda"))
+    off |= {"bf16": {"enabled": True, "immediate_grad_update": False}}
+    check_cuda_graphs(as_run(run_config()), "bf16", default_engine_config() | off, torch.device("cuda"))
 
 
 def test_a_cpu_refuses_before_training(command, preset, tmp_path):

@@ -82,7 +82,7 @@ def test_a_mask_instead_of_flash_attention_is_noted(
         run=run, steps=10**6, precision="bf16", layout=SimpleNamespace(micro_batch_size=run.train.micro_batch_size),
         ranks=ranks_of(device=torch.device(device)),
     )  # fmt: skip
-    assert ["kept apart by a mask" in note for note in report._notes(plan)] == [True] * noted
+    assert ["kept apart by a mask" in note for note in report._notes(plan, "off")] == [True] * noted
 
 
 def test_named_validation_sets_are_reported_one_by_one(command, preset, corpus, packed, metrics, tmp_path):

@@ -108,6 +108,8 @@ def test_where_there_is_no_float8_a_message_says_why(monkeypatch, capability, pr
 
 def test_an_h100_has_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr("megaslm.training.float8.device_name", lambda device: "some GPU")
     check_float8(as_run(run_config(train={"float8": "rowwise"})), "bf16", torch.device("cuda"), 1)
 
 
