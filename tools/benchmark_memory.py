@@ -15,7 +15,6 @@ There are two networks: in one weights and their gradients are most of it, in th
 import argparse
 import ctypes
 import gc
-import os
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,16 +111,14 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     interrupt_on_termination()  # ends the ranks
     arguments = parse_arguments()
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # so that forks can use the GPU
     import torch
 
-    from megaslm.parallel import uses_gpus
+    from megaslm.parallel import gpus_for_ranks
     from megaslm.throughput import start_ranks
 
-    gpus = torch.cuda.device_count() if uses_gpus() else 0
+    gpus = gpus_for_ranks()
     if not gpus:
         check_system()
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silence
     for network in NETWORKS:
         load(Case(network, 1, 1, "fp32"), arguments.overrides)  # a mistake is one message, not one of every rank
     results = []

@@ -23,7 +23,6 @@ Ranks are processes of this machine: over gloo, with one thread each, or over NC
 """
 
 import argparse
-import os
 import platform
 import statistics
 import time
@@ -139,20 +138,13 @@ def main() -> None:
 
         print("\n".join(paper_tables()))
         return
-    import torch
+    from megaslm.parallel import gpus_for_ranks
+    from megaslm.throughput import start_ranks
 
-    from megaslm.parallel import uses_gpus
-
-    # Asks the driver's management library: a fork of a process that has asked the driver itself can't use it.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    gpus = torch.cuda.device_count() if uses_gpus() else 0
+    gpus = gpus_for_ranks()
     if gpus and max(arguments.world_sizes) > gpus:
         raise UserError(f"--world_sizes {max(arguments.world_sizes)}: this machine has {gpus} GPUs, one for each rank")
     overrides = [*([] if arguments.preset else SHAPE), *(QUICK if arguments.quick else []), *arguments.overrides]
-    if not gpus:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silence
-    from megaslm.throughput import start_ranks
-
     arrangements = choose_arrangements({1, *arguments.world_sizes}, arguments.precision, arguments.quick)
     for thin in ([], THIN):  # a mistake is one message, not one of every rank
         check(load(arguments.preset, [*overrides, *thin]), arrangements, "cuda" if gpus else "cpu")

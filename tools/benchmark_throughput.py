@@ -44,7 +44,6 @@ vocabulary is not padded to a multiple that suits the hardware, while ours is.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -117,16 +116,10 @@ def choices(option: str, given: str, known: tuple[str, ...]) -> list[str]:
 
 def main() -> None:
     interrupt_on_termination()  # ends the ranks
-    # Asks the driver's management library, and not the driver, which holds memory of the first GPU once it is asked.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     arguments = parse_arguments()
-    import torch
+    from megaslm.parallel import gpus_for_ranks
 
-    from megaslm.parallel import uses_gpus
-
-    gpus = torch.cuda.device_count() if uses_gpus() else 0
-    if not gpus:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # silence
+    gpus = gpus_for_ranks()
     check(arguments, gpus)
     from megaslm.throughput import (
         Case,

@@ -81,6 +81,19 @@ def uses_gpus() -> bool:
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
+def gpus_for_ranks() -> int:
+    """GPUs of this machine for the ranks that this process will start; 0: they are CPU ranks.
+
+    Asks the driver's management library and not the driver: that would hold memory of the first GPU from then on, and
+    a fork of a process that has asked it can't use a GPU.
+    """
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    if uses_gpus():
+        return torch.cuda.device_count()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would only warn that it found no accelerator
+    return 0
+
+
 def init_distributed(tensor_parallel_size: int = 1) -> Ranks:
     """Join the process group through DeepSpeed, choose the device and give every CPU rank its share of the cores.
 

@@ -14,6 +14,7 @@ from megaslm.config import (
     check_tensor_parallel,
     cuda_graphs_problem,
     float8_problem,
+    offloads_optimizer,
     requested_precision,
     zero_stage,
 )
@@ -285,9 +286,6 @@ def engine_layout(engine: dict[str, Any]) -> Layout:
     DeepSpeed 0.19.8 takes it."""
     zero = engine.get("zero_optimization", {})
 
-    def offloads(block: str) -> bool:
-        return zero.get(block, {}).get("device", "none") != "none"
-
     return Layout(
         1, 1, 1,
         zero_stage=zero_stage(engine),
@@ -295,8 +293,8 @@ def engine_layout(engine: dict[str, Any]) -> Layout:
         live_parameters=int(zero.get("stage3_max_live_parameters", 1_000_000_000)),
         reduce_bucket=int(zero.get("reduce_bucket_size", 500_000_000)),
         prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", 50_000_000)),
-        offload_optimizer=offloads("offload_optimizer"),
-        offload_parameters=offloads("offload_param"),
+        offload_optimizer=offloads_optimizer(engine),
+        offload_parameters=zero.get("offload_param", {}).get("device", "none") != "none",
     )  # fmt: skip
 
 
