@@ -14,9 +14,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from megaslm.data.signals import signals_held
 from megaslm.data.tokenizer import Tokenizer
 from megaslm.errors import UserError
+from megaslm.signals import signals_held
 
 ENCODERS = ("auto", "gigatoken", "huggingface")
 # From this many tokens per document on, one slice copy per document beats a mask over all tokens.

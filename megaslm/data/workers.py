@@ -20,12 +20,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from megaslm.data.encoder import make_encoder
-from megaslm.data.signals import signals_held
 from megaslm.data.sources import TextSource, Unit
 from megaslm.data.tokenizer import Tokenizer
 from megaslm.data.unit_encoder import EncodedUnit, UnitEncoder, UnitFacts, UnitRules
 from megaslm.data.work import CHUNK_BYTES, UNIT_SUFFIX, work_errors, write_all
 from megaslm.errors import UserError
+from megaslm.signals import signals_held
 
 KILLED = -9  # exit code of a process that was sent SIGKILL
 

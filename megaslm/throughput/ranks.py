@@ -14,6 +14,7 @@ from torch import multiprocessing
 
 from megaslm.errors import UserError, first_line
 from megaslm.parallel import free_port
+from megaslm.signals import ENDING_SIGNALS, signals_held
 
 FAILURES = (UserError, torch.OutOfMemoryError)
 # Of RuntimeErrors: the driver, cuBLAS and the host's allocator say it in their own words.
@@ -34,15 +35,18 @@ def start_ranks(work: Callable[..., Any], arguments: tuple, world_size: int, on_
 
     # It warns of every rank that it ends when another one failed.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
+    context = None
     with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.start_processes(
-            run_rank,
-            (work, arguments, world_size, free_port(), Path(folder)),
-            world_size,
-            join=False,
-            start_method="spawn" if on_gpus else "fork",
-        )
         try:
+            # An exception in the midst of a fork is dropped by Python, or the ranks are not known yet that are to end.
+            with signals_held():
+                context = multiprocessing.start_processes(
+                    run_rank,
+                    (work, arguments, world_size, free_port(), Path(folder)),
+                    world_size,
+                    join=False,
+                    start_method="spawn" if on_gpus else "fork",
+                )
             while not context.join():
                 pass
         except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
@@ -53,7 +57,7 @@ def start_ranks(work: Callable[..., Any], arguments: tuple, world_size: int, on_
                 raise torch.OutOfMemoryError("it was killed") from None
             raise
         finally:  # this process is told to end: the ranks may wait for one another, and hear nothing
-            for process in context.processes:
+            for process in context.processes if context else []:
                 process.kill()
                 process.join()
         return pickle.loads((Path(folder) / "result").read_bytes())
@@ -61,8 +65,9 @@ def start_ranks(work: Callable[..., Any], arguments: tuple, world_size: int, on_
 
 def run_rank(rank: int, work: Callable[..., Any], arguments: tuple, world_size: int, port: int, folder: Path) -> None:
     """One process. Rank 0 leaves the result in `folder`, and a rank that fails what `start_ranks` is to raise."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # not this command's: the process that started it speaks
+    for number in ENDING_SIGNALS:  # not this command's handlers: the process that started it speaks
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING_SIGNALS)
     rank_of = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({key: str(value) for key, value in rank_of.items()}, MASTER_ADDR="127.0.0.1")
     os.environ["MASTER_PORT"] = str(port)

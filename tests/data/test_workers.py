@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from megaslm.data import Assembly, BuildOptions, TextSource, TokenFile, preprocess, workers
-from megaslm.data.signals import signals_held
 from megaslm.data.sources import LISTED_FAULTS
 from megaslm.data.unit_encoder import UnitRules
 from megaslm.data.workers import WorkerProcesses
 from megaslm.errors import UserError
+from megaslm.signals import signals_held
 
 RULES = UnitRules(eod_id=0, dtype=np.dtype("<u2"))
 

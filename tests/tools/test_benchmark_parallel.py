@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "benchmark_parallel.py"
 
@@ -76,21 +77,32 @@ def test_mistakes(run_tool, arguments, says):
     assert says in run_tool("benchmark_parallel.py", *arguments).message()
 
 
-def test_a_command_that_is_told_to_end_leaves_no_ranks_behind(monkeypatch):
+@pytest.mark.parametrize("starting", [True, False])
+def test_a_command_that_is_told_to_end_leaves_no_ranks_behind(starting, monkeypatch):
+    """Also one that is told so when its ranks have been forked and it has not heard of it yet."""
     main = runpy.run_path(str(TOOL))["main"]
+    start = torch.multiprocessing.start_processes
+
+    def start_and_be_told(*arguments, **options):
+        context = start(*arguments, **options)
+        signal.raise_signal(signal.SIGTERM)
+        return context
 
     def ask_to_end(job) -> None:
-        if os.environ["RANK"] == "0":
+        if not starting and os.environ["RANK"] == "0":
             os.kill(os.getppid(), signal.SIGTERM)
         time.sleep(60)
 
+    if starting:
+        monkeypatch.setattr(torch.multiprocessing, "start_processes", start_and_be_told)
     monkeypatch.setitem(main.__globals__, "measure_all", ask_to_end)
     monkeypatch.setattr(sys, "argv", ["benchmark_parallel.py", "--quick"])
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    started = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
             main()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    assert multiprocessing.active_children() == []
+    assert multiprocessing.active_children() == [] and time.monotonic() - started < 50
