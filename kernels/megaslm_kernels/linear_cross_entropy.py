@@ -23,13 +23,14 @@ from torch import Tensor
 
 from megaslm_kernels.cross_entropy import (
     IGNORE_INDEX,
+    blocks_of,
     loss_and_gradient_,
     shard_gradient_,
     shard_gradient_reference_,
     shard_statistics,
     shard_statistics_reference,
 )
-from megaslm_kernels.registration import eager, register, upcast
+from megaslm_kernels.registration import eager, register
 
 CHUNK_BYTES = 512 * 2**20
 """Budget for the logits of one chunk."""
@@ -37,8 +38,11 @@ CHUNK_BYTES = 512 * 2**20
 MIN_CHUNK_ROWS = 4096
 """Whatever the budget: smaller matrix products do not reach the GPU's speed."""
 
-REFERENCE_CHUNK_BYTES = 128 * 2**20
-"""Budget of the reference, which holds several fp32 tensors of the logits' shape beside them."""
+REFERENCE_CHUNK_BYTES = 256 * 2**20
+"""Budget of the reference, for machines with little memory."""
+
+PRODUCT_BYTES = 16 * 2**20
+"""Of a chunk's logits in fp32 that a CPU has at a time while it sums products of half-precision matrices."""
 
 # Until 2.10, addmm with an output of another type wants that of its operands for the summand.
 _ADDS_TO_FP32 = torch.__version__ >= "2.10"
@@ -140,6 +144,11 @@ def chunk_rows(count: int, limit: int) -> int:
     return min(limit, -(-even // 128) * 128)
 
 
+def product_rows(inner: int) -> int:
+    """Rows that a CPU casts at a time for a product over `inner` rows of a chunk."""
+    return max(1, PRODUCT_BYTES // (4 * max(1, inner)))
+
+
 def gradient_scale(dtype: torch.dtype) -> float:
     """Factor of the logits' gradient until the backward pass: without one, fp16 would lose what is below 6e-8, before
     the scale of the loss, which comes in the backward pass, could help."""
@@ -211,10 +220,22 @@ def _loss_and_gradient_formula_(
     logits: Tensor, targets: Tensor, vocab_size: int, z_loss: float, losses: Tensor, logsumexp: Tensor, scale: float
 ) -> None:
     """`cross_entropy.loss_and_gradient_` in PyTorch."""
-    x = upcast(logits[:, :vocab_size])
+    blocks = blocks_of(logits, targets, losses, logsumexp)
+    # Once for all blocks: the allocator may take fresh pages each time, which costs as much as the arithmetic.
+    wide = logits.new_empty(2, blocks[0][0].size(0), vocab_size, dtype=losses.dtype)
+    for block in blocks:
+        _write_block(*block, vocab_size, z_loss, scale, *wide[:, : block[0].size(0)])
+
+
+def _write_block(
+    logits: Tensor, targets: Tensor, losses: Tensor, logsumexp: Tensor, vocab_size: int, z_loss: float, scale: float,
+    x: Tensor, log_probs: Tensor,
+) -> None:  # fmt: skip
+    """The formula for some rows. x, log_probs: memory for the logits in fp32 and for their logarithms."""
+    x.copy_(logits[:, :vocab_size])
     is_target = targets != IGNORE_INDEX
     index = targets.where(is_target, 0).unsqueeze(1)
-    log_probs = x.log_softmax(dim=1)  # one fused pass; logsumexp is four
+    torch.log_softmax(x, dim=1, out=log_probs)  # one fused pass; logsumexp is four
     row_losses = -log_probs.gather(1, index).squeeze(1)
     torch.add(x.gather(1, index).squeeze(1), row_losses, out=logsumexp)
     torch.mul(row_losses + z_loss * logsumexp.square(), is_target, out=losses)
@@ -249,8 +270,10 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor, add: bool) -> None
     """total = left @ right, plus what it was if `add`, with no rounding to the operands' type on the way."""
     if total.dtype == left.dtype:
         torch.addmm(total, left, right, beta=int(add), out=total)
-    elif not left.is_cuda:
-        torch.addmm(total, left.to(total.dtype), right.to(total.dtype), beta=int(add), out=total)
+    elif not left.is_cuda:  # no product there has a result of another type
+        right, rows = right.to(total.dtype), product_rows(left.size(1))
+        for part, factor in zip(total.split(rows), left.split(rows), strict=True):
+            torch.addmm(part, factor.to(total.dtype), right, beta=int(add), out=part)
     elif _ADDS_TO_FP32:
         torch.addmm(total, left, right, out_dtype=total.dtype, beta=int(add), out=total)
     elif add:

@@ -36,7 +36,8 @@ assumed reserve for these), and what torch.compile, float8 and CUDA graphs chang
 import math
 from dataclasses import astuple, dataclass
 
-from megaslm_kernels.linear_cross_entropy import REFERENCE_CHUNK_BYTES, chunk_limit, chunk_rows
+from megaslm_kernels.cross_entropy import reference_rows
+from megaslm_kernels.linear_cross_entropy import REFERENCE_CHUNK_BYTES, chunk_limit, chunk_rows, product_rows
 
 from megaslm.config import ModelConfig, RunConfig
 from megaslm.model import count_parameters
@@ -269,18 +270,24 @@ class _Rank:
 
     def loss(self) -> Parts:
         """The hidden states, whole, a chunk of logits, what the reference makes of it in fp32, and the gradients."""
-        config, sizes, (rows, _) = self.config, self.sizes, self.chunk()
+        config, sizes, (rows, several) = self.config, self.sizes, self.chunk()
         hidden = stream_bytes(config, self.layout)
         if self.layout.sequence_parallel:
             hidden += sizes.tokens * config.hidden_size * sizes.element
-        wide = 0
-        if self.kernels == "reference" and self.layout.tensor_parallel_size > 1:
-            wide = 4 * sizes.vocabulary
-        elif self.kernels == "reference":  # logarithms of all but the padding; a wide or contiguous copy of the logits
-            padded = config.vocab_size < config.padded_vocab_size
-            wide = (1 + (sizes.element != WIDE or padded)) * config.vocab_size
-        logits = rows * (sizes.vocabulary * sizes.element + wide * WIDE)
+        logits = rows * sizes.vocabulary * sizes.element
+        if self.kernels == "reference":
+            logits += self.wide_logits(rows, several)
         return Parts(logits=hidden + logits + self.gradients_of_loss())
+
+    def wide_logits(self, rows: int, several: bool) -> float:
+        """Bytes in fp32 that the reference makes of a chunk: of a block of its rows, all but the padding and their
+        logarithms; for the sum of products over several chunks, the hidden states and some of the vocabulary."""
+        sizes, width = self.sizes, self.config.hidden_size
+        columns = 4 * sizes.vocabulary if self.layout.tensor_parallel_size > 1 else 2 * self.config.vocab_size
+        block = min(rows, reference_rows(sizes.vocabulary)) * columns
+        if not several or sizes.element == WIDE:
+            return WIDE * block
+        return WIDE * max(block, rows * (width + min(sizes.vocabulary, product_rows(rows))))
 
     def backward_of_loss(self) -> Parts:
         """Its gradients, and these scaled; on a CPU in half precision the product is in fp32, and its operand too."""

@@ -49,6 +49,27 @@ def test_equals_cross_entropy_whatever_the_chunks(chunk_rows, z_loss, dtype):
     assert not gradients[1][44:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shards", [None, 2])
+@pytest.mark.parametrize("chunk_rows", [16, None])
+def test_the_blocks_that_a_cpu_takes_do_not_show(chunk_rows, shards, dtype, monkeypatch):
+    """Rows 6 at a time, and 5 of the vocabulary in a sum of products, against all at once."""
+    hidden, weight, targets = inputs(dtype=dtype)
+    op, chunk_bytes = linear_cross_entropy_reference, chunk_rows and dtype.itemsize * 50 * chunk_rows
+    if shards:
+        op = loss_of_shards(sharded_linear_cross_entropy_reference, shards)
+    found = []
+    for rows, product_rows in [(1000, 1000), (6, 5)]:
+        monkeypatch.setattr("megaslm_kernels.cross_entropy.reference_rows", lambda v, rows=rows: rows)
+        monkeypatch.setattr("megaslm_kernels.linear_cross_entropy.product_rows", lambda n, rows=product_rows: rows)
+        sums = op(hidden, weight, targets, 44, 1e-2, chunk_bytes)
+        found.append((*sums, *torch.autograd.grad(sums[0], (hidden, weight))))
+    *whole, of_weight = found[0]
+    *blocks, of_weight_too = found[1]
+    assert all(torch.equal(one, other) for one, other in zip(whole, blocks, strict=True))
+    torch.testing.assert_close(of_weight, of_weight_too)  # the matrix library may sum smaller products differently
+
+
 def test_weight_gradient_in_bf16_does_not_get_worse_with_the_number_of_chunks():
     hidden, weight, targets = inputs(rows=512, vocab=64, width=32, dtype=torch.bfloat16)
     exact = weight.detach().double().requires_grad_()
