@@ -13,7 +13,7 @@ ds_configs/, holds between two steps
 and on top of that, at the moments of a step at which memory peaks (each was seen in the allocations of a real step;
 tools/benchmark_memory.py compares their sum with the peaks of real processes):
 
-    fetch       of the weights, in stage 3, as the forward pass begins
+    forward     what it keeps, and in stage 3 weights twice: those that came together, until the last of them is used
     loss        what the forward pass keeps (activations.py), a chunk of logits and what the loss makes of it
     backward    the same, and the gradients of hidden states and head twice: as the loss left them, and scaled
     arrival     all gradients of a micro-batch, and no activations: BF16_Optimizer's are added to its sums only then
@@ -128,7 +128,7 @@ def memory_estimate(
     return MemoryEstimate(
         held,
         {
-            "fetch": held + accumulated + Parts(buffers=model.arriving()),
+            "forward": held + accumulated + kept + Parts(buffers=model.arriving()),
             "loss": running + accumulated + model.loss() + (buckets if layout.accumulation_steps > 1 else Parts()),
             "backward": running + accumulated + model.backward_of_loss() + buckets,
             "blocks": held
@@ -228,7 +228,7 @@ class _Rank:
         return self.element * min(self._large, self.layout.live_parameters + self.layout.prefetch_bucket)
 
     def arriving(self) -> float:
-        """The same while they are fetched: what came together is then copied, each weight by itself."""
+        """The same until the last is used: each is a copy of its part of what came together."""
         return self.gathered() + self.element * min(self._large, self.layout.prefetch_bucket)
 
     @property

@@ -62,7 +62,7 @@ def test_stage_3_updates_flat_fp32_gradients_and_copies_what_it_fetches_and_redu
     moments = memory_estimate(config(), layout).moments
     held = memory_estimate(config(), layout).held
     assert moments["optimizer"].buffers - held.buffers == 4 * min(n, 10**9) / 8
-    assert moments["fetch"].buffers - moments["arrival"].buffers == 2 * layout.prefetch_bucket
+    assert moments["forward"].buffers - moments["arrival"].buffers == 2 * layout.prefetch_bucket
     largest = max(rank_parameters(config()))  # the head's gradient, which no bucket takes
     gathered = moments["arrival"].buffers
     assert moments["reduction"].buffers - gathered == 2 * largest + 4 * largest / 8

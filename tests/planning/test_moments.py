@@ -32,15 +32,15 @@ def case(model: dict, stage: int, precision: str, bucket: int = 0, train: dict |
 
 
 ONE = {"micro_batch_size": 4}
-# Layout, and the moments that are compared: not those at which gloo still has copies of its own, until a thread of it
-# lets them go (fetch and optimizer, which test_memory.py has by hand).
+# Layout, and the moments that are compared: not the optimizer's, at which gloo still has copies of its own, until a
+# thread of it lets them go (test_memory.py has it by hand).
 CASES = {
     "ZeRO-0": (case(WEIGHTS, 0, "fp32"), "loss backward blocks reduction"),
     "ZeRO-1, fp32": (case(WEIGHTS, 1, "fp32", 300_000), "loss backward blocks reduction"),
     "ZeRO-1, bf16": (case(WEIGHTS, 1, "bf16"), "loss backward blocks reduction"),
     "ZeRO-1, bf16, large": (case(WEIGHTS, 1, "bf16", joined=500_000), "loss backward reduction"),
     "ZeRO-2, large head": (case(WEIGHTS, 2, "bf16", 100_000), "loss backward"),
-    "ZeRO-3": (case(SMALL_HEAD, 3, "bf16", 300_000), "loss backward blocks"),
+    "ZeRO-3": (case(SMALL_HEAD, 3, "bf16", 300_000), "forward loss backward blocks"),
     "activations, fp32": (case(ACTIVATIONS, 1, "fp32", 100_000, ONE), "loss backward blocks"),
     "recomputed": (
         case(ACTIVATIONS, 1, "bf16", train=ONE | {"activation_checkpointing": True}),
