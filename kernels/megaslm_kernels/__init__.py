@@ -14,7 +14,7 @@ from megaslm_kernels.attention import (
     separates_by_flash,
 )
 from megaslm_kernels.backends import REFERENCE, TRITON, BackendUnavailable, Ops, select_backend, triton_obstacle
-from megaslm_kernels.cross_entropy import IGNORE_INDEX
+from megaslm_kernels.cross_entropy_formulas import IGNORE_INDEX
 
 __all__ = [
     "BackendUnavailable",

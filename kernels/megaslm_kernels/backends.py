@@ -7,12 +7,10 @@ import torch
 
 from megaslm_kernels import _triton
 from megaslm_kernels.add_rms_norm import add_rms_norm, add_rms_norm_reference
-from megaslm_kernels.cross_entropy import (
-    cross_entropy,
+from megaslm_kernels.cross_entropy import cross_entropy, shard_gradient_, shard_statistics
+from megaslm_kernels.cross_entropy_formulas import (
     cross_entropy_reference,
-    shard_gradient_,
     shard_gradient_reference_,
-    shard_statistics,
     shard_statistics_reference,
 )
 from megaslm_kernels.linear_cross_entropy import (

@@ -21,68 +21,17 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megaslm_kernels._triton import tl, triton
+from megaslm_kernels.cross_entropy_formulas import IGNORE_INDEX, cross_entropy_reference, shard_gradient_reference_
 from megaslm_kernels.launch import Architecture, architecture, launch, with_unit_stride
 from megaslm_kernels.registration import register, upcast
-
-IGNORE_INDEX = -100
-"""Target of a row that has no loss (PyTorch's default)."""
-
-BLOCK_BYTES = 2**20
-"""For each thread of a CPU: fp32 logits that the reference's passes still find in its caches."""
-
-
-def reference_rows(vocab_size: int) -> int:
-    """Rows of logits that the reference goes over together on a CPU: what it makes of such a block in fp32 never leaves
-    the caches. (All rows at once take three times as long, and several times the memory.)"""
-    return torch.get_num_threads() * max(1, BLOCK_BYTES // (4 * vocab_size))
-
-
-def blocks_of(logits: Tensor, *of_rows: Tensor) -> list[tuple[Tensor, ...]]:
-    """Views of `logits` [N, V] and of other tensors with N rows, block by block; on other devices of all rows."""
-    rows = reference_rows(logits.size(1)) if logits.device.type == "cpu" else max(1, logits.size(0))
-    return list(zip(*(tensor.split(rows) for tensor in (logits, *of_rows)), strict=True))
-
-
-def cross_entropy_reference(
-    logits: Tensor, targets: Tensor, vocab_size: int | None = None, z_loss: float = 0.0
-) -> Tensor:
-    """Losses [N], in nats, fp32, of `logits` [N, V] and `targets` [N], int64; 0 where a target is `IGNORE_INDEX`.
-
-    vocab_size: columns from this one on are padding; they take no part and their gradient is zero. Default V.
-    z_loss: factor of the squared logsumexp, which is part of the losses.
-    """
-    logits = upcast(logits[:, :vocab_size])
-    losses = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
-    if z_loss:
-        losses = losses + z_loss * logits.logsumexp(dim=1).square().where(targets != IGNORE_INDEX, 0.0)
-    return losses
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, vocab_size: int | None = None, z_loss: float = 0.0) -> Tensor:
     """`cross_entropy_reference` in Triton: logits with any row stride. A target out of range gives a loss of NaN."""
     return _cross_entropy(logits, targets, logits.size(1) if vocab_size is None else vocab_size, z_loss)[0]
-
-
-def shard_statistics_reference(logits: Tensor, targets: Tensor, first: int, vocab_size: int) -> Tensor:
-    """[3, N], fp32: maximum, sum of exp(logit - maximum) and the target's logit of `logits` [N, V], the columns
-    first .. first + V of a vocabulary of `vocab_size`, past which there is padding.
-
-    targets: [N], int64, ids of the whole vocabulary; the target's logit is 0 where another shard (or none) holds it.
-    A shard that is padding altogether has maximum -inf and sum 0.
-    """
-    columns = torch.arange(first, first + logits.size(1), device=logits.device)
-    statistics = []
-    for block, block_targets in blocks_of(logits, targets):
-        x = upcast(block).where(columns < vocab_size, -torch.inf)
-        maximum = x.amax(dim=1)
-        total = (x - maximum.clamp(min=torch.finfo(x.dtype).min).unsqueeze(1)).exp_().sum(dim=1)
-        target_logits = x.where((columns == block_targets.unsqueeze(1)) & (columns < vocab_size), 0.0).sum(dim=1)
-        statistics.append(torch.stack((maximum, total, target_logits)))
-    return torch.cat(statistics, dim=1)
 
 
 def shard_statistics(logits: Tensor, targets: Tensor, first: int, vocab_size: int) -> Tensor:
@@ -91,20 +40,6 @@ def shard_statistics(logits: Tensor, targets: Tensor, first: int, vocab_size: in
     rows, targets = with_unit_stride(logits), targets.contiguous()
     _launch(_statistics_kernel, rows, first, vocab_size, targets, *statistics.unbind(), FIRST=first)
     return statistics
-
-
-def shard_gradient_reference_(
-    logits: Tensor, targets: Tensor, first: int, vocab_size: int, logsumexp: Tensor, scale: Tensor, z_loss: float
-) -> None:
-    """Write the gradient of the losses over `logits`, a shard as in `shard_statistics_reference`.
-
-    logsumexp: [N], fp32, over all shards, of ignored rows too. scale: [N], fp32, the losses' upstream gradient.
-    """
-    columns = torch.arange(first, first + logits.size(1), device=logits.device)
-    scale = scale.where(targets != IGNORE_INDEX, 0.0)
-    for block, target, lse, factor in blocks_of(logits, *(x.unsqueeze(1) for x in (targets, logsumexp, scale))):
-        probabilities = (upcast(block) - lse).exp_().masked_fill_(columns >= vocab_size, 0.0)
-        block.copy_(factor * ((1 + 2 * z_loss * lse) * probabilities - (columns == target).to(factor)))
 
 
 def shard_gradient_(
@@ -126,10 +61,7 @@ def shard_gradient_(
 def loss_and_gradient_(
     logits: Tensor, targets: Tensor, vocab_size: int, z_loss: float, losses: Tensor, logsumexp: Tensor, scale: float
 ) -> None:
-    """Write `losses` and `logsumexp` [N], fp32, and over `logits` the losses' gradient times `scale`, unless that is 0.
-
-    All contiguous but for the logits' rows, which are of any stride.
-    """
+    """`loss_and_gradient_reference_` in Triton."""
     _launch(
         _loss_kernel, logits, 0, vocab_size, targets, losses, logsumexp,
         Z_LOSS=z_loss, GRADIENT_SCALE=scale, IGNORED=IGNORE_INDEX,
@@ -302,6 +234,10 @@ def _backward_formula(
     return gradient
 
 
+def _backward_fake(dlosses: Tensor, logits: Tensor, *_) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
 def _save(ctx, inputs, output) -> None:
     logits, targets, *ctx.constants = inputs
     ctx.save_for_backward(logits, targets, output[1])
@@ -315,4 +251,7 @@ def _gradients(ctx, backward, dlosses, _):
     return backward(dlosses, *ctx.saved_tensors, *ctx.constants), None, None, None
 
 
-_cross_entropy = register("cross_entropy", _forward, _backward, _forward_formula, _backward_formula, _save, _gradients)
+_cross_entropy = register(
+    "cross_entropy", _forward, _backward, _forward_formula, _backward_formula, _save, _gradients,
+    backward_fake=_backward_fake,
+)  # fmt: skip

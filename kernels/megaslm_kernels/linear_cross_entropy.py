@@ -21,13 +21,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megaslm_kernels.cross_entropy import (
+from megaslm_kernels.cross_entropy import loss_and_gradient_, shard_gradient_, shard_statistics
+from megaslm_kernels.cross_entropy_formulas import (
     IGNORE_INDEX,
-    blocks_of,
-    loss_and_gradient_,
-    shard_gradient_,
+    loss_and_gradient_reference_,
     shard_gradient_reference_,
-    shard_statistics,
     shard_statistics_reference,
 )
 from megaslm_kernels.registration import eager, register
@@ -216,36 +214,6 @@ def _forward_with(loss_and_gradient: Callable) -> Callable:
     return forward
 
 
-def _loss_and_gradient_formula_(
-    logits: Tensor, targets: Tensor, vocab_size: int, z_loss: float, losses: Tensor, logsumexp: Tensor, scale: float
-) -> None:
-    """`cross_entropy.loss_and_gradient_` in PyTorch."""
-    blocks = blocks_of(logits, targets, losses, logsumexp)
-    # Once for all blocks: the allocator may take fresh pages each time, which costs as much as the arithmetic.
-    wide = logits.new_empty(2, blocks[0][0].size(0), vocab_size, dtype=losses.dtype)
-    for block in blocks:
-        _write_block(*block, vocab_size, z_loss, scale, *wide[:, : block[0].size(0)])
-
-
-def _write_block(
-    logits: Tensor, targets: Tensor, losses: Tensor, logsumexp: Tensor, vocab_size: int, z_loss: float, scale: float,
-    x: Tensor, log_probs: Tensor,
-) -> None:  # fmt: skip
-    """The formula for some rows. x, log_probs: memory for the logits in fp32 and for their logarithms."""
-    x.copy_(logits[:, :vocab_size])
-    is_target = targets != IGNORE_INDEX
-    index = targets.where(is_target, 0).unsqueeze(1)
-    torch.log_softmax(x, dim=1, out=log_probs)  # one fused pass; logsumexp is four
-    row_losses = -log_probs.gather(1, index).squeeze(1)
-    torch.add(x.gather(1, index).squeeze(1), row_losses, out=logsumexp)
-    torch.mul(row_losses + z_loss * logsumexp.square(), is_target, out=losses)
-    if scale:
-        ones = scale * is_target.to(x.dtype).unsqueeze(1)
-        grad = log_probs.exp_().mul_(ones * (1 + 2 * z_loss * logsumexp.unsqueeze(1))).scatter_add_(1, index, -ones)
-        logits[:, :vocab_size] = grad
-        logits[:, vocab_size:].zero_()
-
-
 def _sharded_with(statistics: Callable, gradient_: Callable, first: int, gather: Callable) -> Callable:
     """`loss_and_gradient_` of rows whose logits lie in several shards."""
 
@@ -305,10 +273,10 @@ def _gradients(ctx, backward, dobjective, *_):
 
 
 _fused, _reference = (
-    register(name, forward, None, _forward_with(_loss_and_gradient_formula_), None, _save, _gradients, _fake)
+    register(name, forward, None, _forward_with(loss_and_gradient_reference_), None, _save, _gradients, _fake)
     for name, forward in (
         ("linear_cross_entropy", _forward_with(loss_and_gradient_)),
-        ("linear_cross_entropy_reference", _forward_with(_loss_and_gradient_formula_)),
+        ("linear_cross_entropy_reference", _forward_with(loss_and_gradient_reference_)),
     )
 )
 _sharded = eager("sharded_linear_cross_entropy", _forward, None, _save, _gradients)

@@ -22,6 +22,7 @@ def register(
     save: Callable,
     gradients: Callable,
     fake: Callable | None = None,
+    backward_fake: Callable | None = None,
 ) -> Callable:
     """A function of forward's arguments that returns its outputs and is differentiable, eager and compiled.
 
@@ -31,10 +32,10 @@ def register(
         Without a backward, gradients is made of PyTorch operations.
     save(ctx, inputs, output): keeps what backward needs, as in torch.autograd.Function.setup_context.
     gradients(ctx, backward, *output_gradients): one gradient or None per input of forward.
-    fake: forward's outputs, not computed, where the formula is none for symbolic sizes.
+    fake, backward_fake: the outputs of each, not computed, where its formula is none for symbolic sizes.
     """
     registered = _registered(name, forward, forward_formula, fake)
-    registered_backward = backward and _registered(f"{name}_backward", backward, backward_formula)
+    registered_backward = backward and _registered(f"{name}_backward", backward, backward_formula, backward_fake)
     registered.register_autograd(
         lambda ctx, *output_gradients: gradients(ctx, registered_backward, *output_gradients), setup_context=save
     )

@@ -36,7 +36,7 @@ assumed reserve for these), and what torch.compile, float8 and CUDA graphs chang
 import math
 from dataclasses import astuple, dataclass
 
-from megaslm_kernels.cross_entropy import reference_rows
+from megaslm_kernels.cross_entropy_formulas import reference_rows
 from megaslm_kernels.linear_cross_entropy import REFERENCE_CHUNK_BYTES, chunk_limit, chunk_rows, product_rows
 
 from megaslm.config import ModelConfig, RunConfig

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparison import assert_as_good_as_torch, loss_of_shards, random
-from megaslm_kernels.cross_entropy import IGNORE_INDEX, cross_entropy_reference
+from megaslm_kernels.cross_entropy_formulas import IGNORE_INDEX, cross_entropy_reference
 from megaslm_kernels.linear_cross_entropy import linear_cross_entropy, sharded_linear_cross_entropy
 
 
