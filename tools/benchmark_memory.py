@@ -16,6 +16,7 @@ import argparse
 import ctypes
 import gc
 import platform
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,10 @@ def main() -> None:
     if arguments.json:
         from importlib.metadata import version
 
-        facts = {"gpus": gpus, "python": platform.python_version(), "deepspeed": version("deepspeed")}
+        from megaslm.training import code_version
+
+        facts = {"command": ["python", "tools/benchmark_memory.py", *sys.argv[1:]], "code_version": code_version()}
+        facts |= {"gpus": gpus, "python": platform.python_version(), "deepspeed": version("deepspeed")}
         facts |= {"torch": torch.__version__, "device": torch.cuda.get_device_name(0) if gpus else "cpu"}
         write_json(arguments.json, {"format": 1, "environment": facts, "results": results})
 

@@ -1,6 +1,7 @@
-"""Cross-entropy by PyTorch's operations: the formulas of cross_entropy.py, where they are written down.
+"""The reference of cross_entropy.py, whose docstring has the formulas, in PyTorch's operations.
 
-On a CPU they go over a block of rows at a time, which stays in the caches.
+What writes gradients over logits, and the statistics of shards, go over a block of rows at a time: what they make of it
+in fp32 is small, and on a CPU stays in the caches. (All rows at once take up to three times as long there.)
 """
 
 import torch
@@ -12,19 +13,21 @@ from megaslm_kernels.registration import upcast
 IGNORE_INDEX = -100
 """Target of a row that has no loss (PyTorch's default)."""
 
-BLOCK_BYTES = 2**20
-"""For each thread of a CPU: fp32 logits that the reference's passes still find in its caches."""
+BLOCK_BYTES = 4 * 2**20
+"""fp32 logits of a block: with their logarithms, of which there are as many, what the caches of a CPU hold."""
+
+GPU_BLOCK_BYTES = 64 * 2**20
+"""The same where small blocks would leave the device idle."""
 
 
-def reference_rows(vocab_size: int) -> int:
-    """Rows of logits that the reference goes over together on a CPU: what it makes of such a block in fp32 never leaves
-    the caches. (All rows at once take three times as long, and several times the memory.)"""
-    return torch.get_num_threads() * max(1, BLOCK_BYTES // (4 * vocab_size))
+def reference_rows(vocab_size: int, block_bytes: int = BLOCK_BYTES) -> int:
+    """Rows of logits in a block."""
+    return max(1, block_bytes // (4 * vocab_size))
 
 
 def blocks_of(logits: Tensor, *of_rows: Tensor) -> list[tuple[Tensor, ...]]:
-    """Views of `logits` [N, V] and of other tensors with N rows, block by block; on other devices of all rows."""
-    rows = reference_rows(logits.size(1)) if logits.device.type == "cpu" else max(1, logits.size(0))
+    """Views of `logits` [N, V] and of other tensors with N rows, block by block."""
+    rows = reference_rows(logits.size(1), BLOCK_BYTES if logits.device.type == "cpu" else GPU_BLOCK_BYTES)
     return list(zip(*(tensor.split(rows) for tensor in (logits, *of_rows)), strict=True))
 
 

@@ -37,7 +37,7 @@ MIN_CHUNK_ROWS = 4096
 """Whatever the budget: smaller matrix products do not reach the GPU's speed."""
 
 REFERENCE_CHUNK_BYTES = 256 * 2**20
-"""Budget of the reference, for machines with little memory."""
+"""Budget of the reference, which also runs on machines with little memory."""
 
 PRODUCT_BYTES = 16 * 2**20
 """Of a chunk's logits in fp32 that a CPU has at a time while it sums products of half-precision matrices."""

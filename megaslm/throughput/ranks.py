@@ -6,6 +6,7 @@ import pickle
 import signal
 import tempfile
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ def start_ranks(work: Callable[..., Any], arguments: tuple, world_size: int, on_
 
     # It warns of every rank that it ends when another one failed.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
-    context = None
+    others = set(multiprocessing.active_children())
+    if on_gpus:  # or the first start of a process does it, and drops the signal mask
+        resource_tracker.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         try:
             # An exception in the midst of a fork is dropped by Python, or the ranks are not known yet that are to end.
@@ -57,9 +60,10 @@ def start_ranks(work: Callable[..., Any], arguments: tuple, world_size: int, on_
                 raise torch.OutOfMemoryError("it was killed") from None
             raise
         finally:  # this process is told to end: the ranks may wait for one another, and hear nothing
-            for process in context.processes if context else []:
-                process.kill()
-                process.join()
+            with signals_held():
+                for process in set(multiprocessing.active_children()) - others:
+                    process.kill()
+                    process.join()
         return pickle.loads((Path(folder) / "result").read_bytes())
 
 

@@ -16,7 +16,7 @@ from megaslm.training.float8 import check_float8
 from megaslm.training.preparation import Options, RunData, prepare_data
 from megaslm.training.report import format_count
 from megaslm.training.run import build_engine, build_network, train
-from megaslm.training.run_dir import environment
+from megaslm.training.run_dir import code_version, environment
 from megaslm.training.saving import Saving
 from megaslm.training.schedule import learning_rate
 
@@ -39,6 +39,7 @@ __all__ = [
     "check_precision",
     "choose_attention",
     "choose_kernels",
+    "code_version",
     "device_name",
     "environment",
     "first_samples",

@@ -14,7 +14,6 @@ from megaslm.data.sources import LISTED_FAULTS
 from megaslm.data.unit_encoder import UnitRules
 from megaslm.data.workers import WorkerProcesses
 from megaslm.errors import UserError
-from megaslm.signals import signals_held
 
 RULES = UnitRules(eod_id=0, dtype=np.dtype("<u2"))
 
@@ -79,16 +78,6 @@ def test_interrupts_while_workers_are_stopped(source, bpe, tmp_path, monkeypatch
     assert time.monotonic() - started < 5
     assert not any(worker._process.is_alive() for worker in processes._workers)
     assert not any(thread.is_alive() for thread in processes._threads._threads)
-
-
-def test_signals_are_held_and_not_lost():
-    before = signal.getsignal(signal.SIGINT)
-    reached = False
-    with pytest.raises(KeyboardInterrupt):
-        with signals_held():
-            signal.raise_signal(signal.SIGINT)
-            reached = True
-    assert reached and signal.getsignal(signal.SIGINT) is before
 
 
 def test_more_faults_than_are_listed(bpe, tmp_path):

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from megaslm_kernels import REFERENCE, TRITON
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.library import opcheck
 
 pytest.importorskip("triton", reason="without Triton there is no triton backend")
@@ -121,6 +123,27 @@ def test_compiled_ops_are_the_reference(op, dtype, backend):
         differentiable=differentiable(op),
         atol=2e-6,
     )
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
+def test_one_graph_serves_any_number_of_rows(op):
+    """Also where the formula would take its blocks one after the other."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(
+        getattr(TRITON, op), dynamic=True, backend=aot_autograd(fw_compiler=count, bw_compiler=count)
+    )
+    for rows in (8, 3000, 70_000):
+        inputs = arguments(op)
+        inputs[0] = random(rows, inputs[0].size(1)).requires_grad_()
+        inputs = [torch.zeros(rows, dtype=torch.int64) if x is TARGETS else x for x in inputs]
+        outputs = compiled(*inputs)
+        (outputs if isinstance(outputs, torch.Tensor) else outputs[0]).sum().backward()
+    assert len(graphs) == 2
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])

@@ -1,8 +1,12 @@
 """The formula of memory, by hand for one layout of each stage. What real processes take: test_real_memory.py."""
 
 import dataclasses
+import itertools
 
 import pytest
+import torch
+from megaslm_kernels.linear_cross_entropy import REFERENCE_CHUNK_BYTES, linear_cross_entropy_reference
+from torch.profiler import ProfilerActivity, profile
 
 from megaslm.config import load_run_config
 from megaslm.model import count_parameters
@@ -110,6 +114,26 @@ def test_the_loss_takes_a_chunk_of_logits_and_two_gradients():
     rows, vocabulary, width, tokens = 4096, 50304, 2048, 4 * 2048
     head = 4 * vocabulary * width  # two chunks: their sum is in fp32
     assert loss.logits == 2 * rows * vocabulary + head + 2 * 2 * tokens * width  # hidden states and their gradient
+
+
+@pytest.mark.parametrize("precision, chunk_rows", [("bf16", None), ("bf16", 512), ("fp16", None), ("fp32", 512)])
+def test_the_reference_loss_takes_a_block_in_fp32_and_of_sums_a_part(precision, chunk_rows):
+    """Against what the op itself allocates. 1,024 rows are 16 blocks, and of half as many half a vocabulary is cast."""
+    model = config().model_copy(update={"vocab_size": 16_000, "hidden_size": 64})
+    element = {"fp32": 4}.get(precision, 2)
+    layout = dataclasses.replace(
+        LAYOUT, micro_batch_size=1, seq_length=1024, precision=precision,
+        loss_chunk_bytes=chunk_rows and chunk_rows * element * model.padded_vocab_size,
+    )  # fmt: skip
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    hidden, weight = (torch.randn(n, 64, dtype=dtype).requires_grad_() for n in (1024, model.padded_vocab_size))
+    chunk_bytes = layout.loss_chunk_bytes or REFERENCE_CHUNK_BYTES
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        linear_cross_entropy_reference(hidden, weight, torch.zeros(1024, dtype=torch.int64), 16_000, 0.0, chunk_bytes)
+    events = [(e.start_ns(), e.nbytes()) for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    taken = max(itertools.accumulate(size for _, size in sorted(events)))
+    loss = memory_estimate(model, layout, "reference").moments["loss"]
+    assert loss.logits - 1024 * 64 * element == pytest.approx(taken, rel=0.01)
 
 
 def test_recomputation_keeps_one_tensor_a_block_and_then_one_block():
