@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import megaslm.launchers  # noqa: F401  # remembers who started this process
 from megaslm.errors import USER_ERROR_EXIT_CODE, UserError
+from megaslm.signals import ENDING_SIGNALS
 
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 BROKEN_PIPE_EXIT_CODE = 141  # 128 + SIGPIPE
@@ -48,9 +49,8 @@ def interrupt_on_termination() -> None:
 
 def handle_termination(handler) -> None:
     """Of Ctrl-C, of a batch system and of a terminal that is closed; what is ignored stays so."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # not every system has all of them
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+    for number in ENDING_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 
 ENDING_SIGNALS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
+"""Ctrl-C, a batch system's, and a closed terminal's; not every system has all of them."""
 
 
 @contextlib.contextmanager

@@ -87,12 +87,12 @@ def shard_statistics_reference(logits: Tensor, targets: Tensor, first: int, voca
     A shard that is padding altogether has maximum -inf and sum 0.
     """
     columns = torch.arange(first, first + logits.size(1), device=logits.device)
-    statistics = []
+    is_token, statistics = columns < vocab_size, []
     for block, block_targets in blocks_of(logits, targets):
-        x = upcast(block).where(columns < vocab_size, -torch.inf)
+        x = upcast(block).where(is_token, -torch.inf)
         maximum = x.amax(dim=1)
         total = (x - maximum.clamp(min=torch.finfo(x.dtype).min).unsqueeze(1)).exp_().sum(dim=1)
-        target_logits = x.where((columns == block_targets.unsqueeze(1)) & (columns < vocab_size), 0.0).sum(dim=1)
+        target_logits = x.where((columns == block_targets.unsqueeze(1)) & is_token, 0.0).sum(dim=1)
         statistics.append(torch.stack((maximum, total, target_logits)))
     return torch.cat(statistics, dim=1)
 
@@ -105,7 +105,7 @@ def shard_gradient_reference_(
     logsumexp: [N], fp32, over all shards, of ignored rows too. scale: [N], fp32, the losses' upstream gradient.
     """
     columns = torch.arange(first, first + logits.size(1), device=logits.device)
-    scale = scale.where(targets != IGNORE_INDEX, 0.0)
+    is_padding, scale = columns >= vocab_size, scale.where(targets != IGNORE_INDEX, 0.0)
     for block, target, lse, factor in blocks_of(logits, *(x.unsqueeze(1) for x in (targets, logsumexp, scale))):
-        probabilities = (upcast(block) - lse).exp_().masked_fill_(columns >= vocab_size, 0.0)
+        probabilities = (upcast(block) - lse).exp_().masked_fill_(is_padding, 0.0)
         block.copy_(factor * ((1 + 2 * z_loss * lse) * probabilities - (columns == target).to(factor)))

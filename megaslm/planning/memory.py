@@ -263,30 +263,36 @@ class _Rank:
         limit = chunk_limit(sizes.vocabulary * sizes.element, budget)
         return chunk_rows(sizes.tokens, limit), sizes.tokens > limit
 
+    @property
+    def head_gradient_element(self) -> int:
+        """Bytes of an element of the head's gradient, as the forward pass leaves it: the sum of several chunks is wide,
+        and so is fp16's."""
+        _, several = self.chunk()
+        return WIDE if several or self.layout.precision == "fp16" else self.element
+
     def gradients_of_loss(self) -> float:
         """Of hidden states and head, as the forward pass leaves them."""
-        sizes, width, (_, several) = self.sizes, self.config.hidden_size, self.chunk()
-        of_weight = WIDE if several or self.layout.precision == "fp16" else sizes.element
-        return sizes.tokens * width * sizes.element + sizes.vocabulary * width * of_weight
+        sizes, width = self.sizes, self.config.hidden_size
+        return width * (sizes.tokens * sizes.element + sizes.vocabulary * self.head_gradient_element)
 
     def loss(self) -> Parts:
         """The hidden states, whole, a chunk of logits, what the reference makes of it in fp32, and the gradients."""
-        config, sizes, (rows, several) = self.config, self.sizes, self.chunk()
+        config, sizes, (rows, _) = self.config, self.sizes, self.chunk()
         hidden = stream_bytes(config, self.layout)
         if self.layout.sequence_parallel:
             hidden += sizes.tokens * config.hidden_size * sizes.element
         logits = rows * sizes.vocabulary * sizes.element
         if self.kernels == "reference":
-            logits += self.wide_logits(rows, several)
+            logits += self.wide_logits(rows)
         return Parts(logits=hidden + logits + self.gradients_of_loss())
 
-    def wide_logits(self, rows: int, several: bool) -> float:
+    def wide_logits(self, rows: int) -> float:
         """Bytes in fp32 that the reference makes of a chunk on a CPU: of a block of its rows, all but the padding and
         their logarithms; for a gradient of the head in fp32, the hidden states and a part of the vocabulary."""
         sizes, width = self.sizes, self.config.hidden_size
         columns = 4 * sizes.vocabulary if self.layout.tensor_parallel_size > 1 else 2 * self.config.vocab_size
         block = min(rows, reference_rows(sizes.vocabulary)) * columns
-        if sizes.element == WIDE or not (several or self.layout.precision == "fp16"):
+        if self.head_gradient_element == sizes.element:
             return WIDE * block
         return WIDE * max(block, rows * (width + min(sizes.vocabulary, product_rows(rows))))
 
